@@ -1,0 +1,1 @@
+"""What a comparison runs on. One file a task; `Task` in task.py says what a task owns."""

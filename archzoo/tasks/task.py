@@ -1,0 +1,126 @@
+"""What a comparison runs on: a task owns its data, loss, metrics and splits, and the shape of the model's ends."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from archzoo.registry import Registry
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+tasks: Registry[type["Task"]] = Registry("task", "archzoo.tasks")
+register_task = tasks.register
+
+
+class DatasetError(RuntimeError):
+    """A data set is missing, partial or corrupted. The message says where it was looked for and how to get it."""
+
+
+class TensorSplit(Dataset[tuple[Tensor, Tensor]]):
+    """Examples held in memory. A whole batch is read by one indexing, not example by example.
+
+    Args:
+        inputs: (examples, *input_shape).
+        targets: (examples, ...).
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor):
+        if len(inputs) != len(targets):
+            raise ValueError(f"inputs and targets differ in length: {len(inputs)} and {len(targets)}")
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.inputs[indices], self.targets[indices]
+
+
+class Task(ABC):
+    """A task. A subclass sets the attributes below in `__init__`, which loads the data.
+
+    Args (of every subclass):
+        data_dir: Where data files are, or where they are downloaded to; None where there is none.
+        seed: Seed of the run: for data that is drawn anew. Never of the train/validation/test split.
+
+    Attributes:
+        input_shape: Shape of one input, without the batch axis.
+        output_size: Length of the model's output vector.
+        train, val, test: The splits. Model selection looks at `val` only.
+        score: Name of the metric that ranks models, one of `metrics()`.
+        mode: Whether a larger (`"max"`) or smaller (`"min"`) score is better.
+        watched: Splits that are evaluated during training.
+        stream: Whether `train` is an endless stream of fresh samples, which is read in order and has no epochs.
+
+    Raises:
+        DatasetError: If its data is not to be had.
+        ValueError: If an option is wrong.
+    """
+
+    input_shape: tuple[int, ...]
+    output_size: int
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    score: str
+    mode: Literal["max", "min"]
+    watched: ClassVar[tuple[str, ...]] = ("val",)
+    stream: bool = False
+
+    def __init__(self, *, data_dir: Path | None = None, seed: int = 0):
+        self.data_dir, self.seed = data_dir, seed
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean loss over a batch, a scalar. output is (batch, output_size), target a batch of the split's targets."""
+
+    @abstractmethod
+    def metrics(self) -> "MetricCollection":
+        """Fresh metrics; the trainer calls `update(output, target)` batch by batch, then `compute()`."""
+
+    @staticmethod
+    def collate(batch: Any) -> Any:
+        """Makes a batch of what a split returns; a split with `__getitems__` has made it already."""
+        return default_collate(batch) if isinstance(batch, list) else batch
+
+    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, float]:
+        """Figures for the run's summary that need the whole course of the run, as the step at which it was solved.
+
+        Args:
+            evaluations: One mapping per evaluation, with `step` and `SPLIT/METRIC` for every watched split.
+            model: The model at the end of training.
+        """
+        return {}
+
+
+class ClassificationTask(Task):
+    """A task with classes: cross entropy and accuracy. `output_size` is the number of classes."""
+
+    score = "accuracy"
+    mode = "max"
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean cross entropy of logits (batch, classes) against class indices (batch,)."""
+        return nn.functional.cross_entropy(output, target)
+
+    def metrics(self) -> "MetricCollection":
+        """Accuracy, as a fraction, and the mean loss in nats."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
+        from archzoo.tasks.metrics import MeanLoss
+
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(self.output_size, average="micro", validate_args=False),
+                "loss": MeanLoss(self.loss),
+            }
+        )

@@ -1,0 +1,11 @@
+"""Hot paths: one file an op, its plain-torch definition first. Importable as `archzoo.kernels` only."""
+
+if __name__ != "archzoo.kernels":
+    raise ImportError(
+        f"this folder is 'archzoo.kernels', but it was imported as {__name__!r}, a name that belongs to another "
+        "package; use `from archzoo import kernels`"
+    )
+
+from archzoo.kernels._backend import use_backend
+
+__all__ = ["use_backend"]
