@@ -4,14 +4,16 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from torch import nn
+
+from archzoo.names import suggest
 
 Kind = Literal["linear", "conv2d", "mixer", "module"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -25,6 +27,17 @@ def import_all(package: str) -> None:
     """Imports every module of a package, so that what they register is known: nobody keeps a list."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
+
+
+def forget_failed_imports(items: dict[str, Any], package: str) -> None:
+    """Drops what modules of a package registered before they failed to import.
+
+    So that nothing half imported stays, and a second try does not find its own names taken.
+    """
+    for name, item in list(items.items()):
+        module = getattr(item, "cls", item).__module__
+        if f"{module}.".startswith(f"{package}.") and module not in sys.modules:
+            del items[name]
 
 
 class Registry(Generic[Item]):
@@ -54,8 +67,13 @@ class Registry(Generic[Item]):
     def names(self) -> list[str]:
         """All names, sorted."""
         if not self._imported:
-            self._imported = True
-            import_all(self.package)
+            self._imported = True  # first, for a module may ask for names while it is imported
+            try:
+                import_all(self.package)
+            except BaseException:
+                self._imported = False
+                forget_failed_imports(self._items, self.package)
+                raise
         return sorted(self._items)
 
     def get(self, name: str) -> Item:
@@ -152,17 +170,31 @@ def register_layer(
     return register
 
 
+def import_layers() -> None:
+    """Imports every layer file of this package; a broken one raises, each time."""
+    try:
+        import_all("archzoo.layers")
+    except BaseException:
+        forget_failed_imports(_entries, "archzoo.layers")
+        raise
+
+
 def _discover() -> None:
     """Imports every layer file of this package, then what other packages declare. Runs once, at the first look-up."""
     global _discovered
     if _discovered:
         return
-    _discovered = True
-    import_all("archzoo.layers")
+    _discovered = True  # first, for a layer file may look layers up while it is imported
+    try:
+        import_layers()
+    except BaseException:
+        _discovered = False
+        raise
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry_point.load()
         except Exception as error:  # a broken plug-in must not take the zoo down with it
+            forget_failed_imports(_entries, entry_point.module.partition(".")[0])
             warnings.warn(
                 f"layers of entry point {entry_point.name!r} ({entry_point.value}) are missing: {error!r}", stacklevel=3
             )
@@ -178,14 +210,6 @@ def get_layer(name: str) -> LayerEntry:
     if name not in _entries:
         raise ValueError(f"layer {name!r} is not registered; {suggest(name, sorted(_entries))}")
     return _entries[name]
-
-
-def suggest(wrong: str, names: list[str]) -> str:
-    """The end of an error message about a misspelt name."""
-    near = get_close_matches(str(wrong), names, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"choose one of {', '.join(names)}"
 
 
 def list_layers(kind: Kind | None = None, pattern: str | None = None) -> list[str]:

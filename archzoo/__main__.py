@@ -1,0 +1,58 @@
+"""The command `archzoo`: train, report, layers."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command `archzoo`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # the rest is Hydra's
+        from archzoo.training.cli import main as train
+
+        return train(arguments[1:])
+    parser = argparse.ArgumentParser(prog="archzoo", description="A zoo of alternative neural architectures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="what train.py does: archzoo train experiment=digits", add_help=False)
+    report = commands.add_parser("report", help="write the report of a comparison, or compare two")
+    report.add_argument("folder", nargs="?", type=Path, help="as outputs/digits")
+    report.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two comparisons side by side")
+    report.add_argument("--baseline", help="contestant that the others are tested against; default: linear")
+    layers = commands.add_parser("layers", help="list the layers and their papers")
+    layers.add_argument("pattern", nargs="?", help="only names that match this glob, as '*kan*'")
+    args = parser.parse_args(arguments)
+    try:
+        return _layers(args.pattern) if args.command == "layers" else _report(parser, args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _layers(pattern: str | None) -> int:
+    from archzoo.registry import get_layer, list_layers
+
+    for name in list_layers(pattern=pattern):
+        entry = get_layer(name)
+        print(f"{name} ({entry.kind}): {entry.card}\n")
+    return 0
+
+
+def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from archzoo.report import compare_reports, console_table, load_comparison, rank, write_report
+    from rich.console import Console
+
+    if (args.folder is None) == (args.compare is None):
+        parser.error("report takes one folder, or --compare and two")
+    if args.compare:
+        compare_reports(*args.compare)
+        return 0
+    comparison = load_comparison(args.folder)
+    Console(width=None if sys.stdout.isatty() else 110).print(console_table(rank(comparison, args.baseline or "linear")))
+    print(f"report: {write_report(args.folder, args.baseline)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

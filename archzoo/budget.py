@@ -1,0 +1,192 @@
+"""Count what a model costs, and choose widths so that two models cost the same."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameter elements; a shared parameter counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+# FlopCounterMode counts matrix products and convolutions only. These element-wise operations count one FLOP an output
+# element, as in the formulas of our own ops (kernels/), so that no contestant's work is left out.
+_POINTWISE = (
+    "add mul sub div neg pow exp log sin cos tanh sigmoid silu gelu relu leaky_relu hardtanh elu softplus abs clamp "
+    "clamp_min clamp_max maximum minimum sqrt rsqrt reciprocal where silu_backward gelu_backward threshold_backward "
+    "tanh_backward sigmoid_backward add_ mul_ sub_ div_ addcmul addcdiv lerp square erf sign sgn"
+).split()
+# Statistics, normalisation, scale and shift, or the exponentials and their sum.
+_PER_ELEMENT = {"native_layer_norm": 8, "native_layer_norm_backward": 12, "_softmax": 4, "_log_softmax": 4}
+
+
+def _elementwise_formulas() -> dict[Any, Callable[..., int]]:
+    def output_size(out: Any) -> int:
+        first = out[0] if isinstance(out, list | tuple) and out and isinstance(out[0], torch.Size | tuple) else out
+        size = 1
+        for length in first:
+            size *= length
+        return size
+
+    formulas: dict[Any, Callable[..., int]] = {}
+    for name in _POINTWISE:
+        if hasattr(aten, name):
+            formulas[getattr(aten, name)] = lambda *args, out_shape=None, **kwargs: output_size(out_shape)
+    for name, each in _PER_ELEMENT.items():
+        formulas[getattr(aten, name)] = lambda *args, out_shape=None, each=each, **kw: each * output_size(out_shape)
+    return formulas
+
+
+def count_flops(model: Callable[..., Any], *inputs: Tensor) -> int:
+    """Floating-point operations of one forward pass of `model` on `inputs`, which may be on `meta`.
+
+    A multiplication, an addition and a call of exp, tanh, … count one each, so that a matrix product (m, k) x (k, n) is
+    2·m·k·n. Our own ops count by their registered formulas.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_elementwise_formulas()) as counter:
+        model(*inputs)
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def _kept_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Counts the storages that autograd keeps for backward inside the block, parameters and buffers excepted."""
+    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield lambda: sum(kept.values())
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds the bytes that each operation reads and writes; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name() and "detach" not in func.name():
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step costs, apart from time."""
+
+    parameters: int
+    flops: int
+    """Forward FLOPs of one example."""
+    saved_bytes: int
+    """Bytes kept for backward, for the batch; the batch itself is included where it is kept."""
+    traffic_bytes: int
+    """Bytes that the operations of forward and backward read and write, for the batch, nothing fused."""
+
+
+def measure_cost(model: nn.Module, batch: Tensor, loss: Callable[[Tensor], Tensor] = lambda y: y.float().sum()) -> Cost:
+    """Cost of one training step of `model` on `batch`, (batch, …). Gradients are left as they were.
+
+    The model is run forward and backward once, in its present mode: give a copy if it has state that this would change.
+    """
+    flops = count_flops(model, batch[:1])
+    traffic = _Traffic()
+    with torch.enable_grad(), _kept_bytes(model) as kept:
+        with traffic:
+            value = loss(model(batch))
+        saved = kept()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with traffic:
+            torch.autograd.grad(value, parameters, allow_unused=True)
+    return Cost(count_parameters(model), flops, saved, traffic.bytes)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The widths chosen for a contestant, and how near they come to the target."""
+
+    widths: tuple[int, ...]
+    count: int
+    target: float
+
+    @property
+    def deviation(self) -> float:
+        """(count - target) / target."""
+        return (self.count - self.target) / self.target
+
+
+def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, target: float, tolerance: float) -> Match:
+    """Widths of `depth` hidden layers whose count comes nearest to the target.
+
+    All widths are equal if that comes within the tolerance; else neighbouring layers may differ, as little as needed:
+    where a layer has many parameters an edge, one more unit everywhere is too coarse a step.
+
+    Args:
+        count: Count of a model with these widths, growing with each; None where a width is not allowed.
+        depth: Number of widths. At least 1.
+        target: Count to reach.
+        tolerance: Largest accepted deviation, as a fraction of the target.
+
+    Raises:
+        ValueError: If no width is allowed, or if the target is below the smallest count; the message names it.
+    """
+    cache: dict[tuple[int, ...], int | None] = {}
+
+    def counted(widths: tuple[int, ...]) -> int | None:
+        if widths not in cache:
+            cache[widths] = count(widths) if min(widths) > 0 else None
+        return cache[widths]
+
+    def uniform(width: int) -> int | None:
+        return counted((width,) * depth)
+
+    allowed = next((w for w in range(1, 257) if uniform(w) is not None), None)
+    if allowed is None:
+        raise ValueError("no width up to 256 is allowed for this layer")
+    smallest = uniform(allowed)
+    assert smallest is not None
+    step = next((w - allowed for w in range(allowed + 1, allowed + 257) if uniform(w) is not None), 1)
+    if target < smallest * (1 - tolerance):
+        raise ValueError(f"the smallest reachable count is {smallest:,} (width {allowed})")
+
+    # Double until beyond the target, then halve the gap; widths are allowed + k * step.
+    low, high = 0, 1
+    while (reached := uniform(allowed + high * step)) is not None and reached < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = uniform(allowed + middle * step)
+        low, high = (middle, high) if reached is not None and reached <= target else (low, middle)
+
+    def candidates(spread: int) -> Iterator[Match]:
+        around = [allowed + k * step for k in range(max(0, low - spread), high + spread + 1)]
+        for widths in itertools.product(around, repeat=depth):
+            if max(widths) - min(widths) <= spread * step and (reached := counted(widths)) is not None:
+                yield Match(widths, reached, target)
+
+    best = min(candidates(0), key=lambda m: abs(m.deviation))
+    # At most 5^depth further counts; beyond 4 layers equal widths are fine enough.
+    for spread in range(1, 1 + (4 if depth <= 2 else 2 if depth <= 4 else 0)):
+        if abs(best.deviation) <= tolerance:
+            break
+        best = min((best, *candidates(spread)), key=lambda m: abs(m.deviation))
+    return best

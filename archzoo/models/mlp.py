@@ -1,0 +1,97 @@
+"""A multilayer perceptron whose hidden layers are any layer of kind `linear`."""
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+from archzoo.models.model import LayerFactory, register_model
+from archzoo.names import suggest
+
+ACTIVATIONS = ("auto", "none", "relu", "gelu", "silu", "tanh", "aptx")
+
+
+class MLP(nn.Module):
+    """Flatten, then hidden layers (layer, norm, activation, dropout), then a head.
+
+    Args:
+        layer: Builds a hidden layer from its two sizes.
+        input_shape: Shape of one input; it is flattened.
+        output_size: Length of the output vector.
+        width: Width of every hidden layer.
+        depth: Number of hidden layers.
+        widths: Width of each hidden layer, instead of `width` and `depth`.
+        head: `"linear"`: an `nn.Linear`, the same for every contestant. `"layer"`: the layer again.
+        norm: `"layer"`: LayerNorm behind every hidden layer. `"none"`.
+        activation: Name of the function behind the norm; `"auto"`: ReLU if the layer is linear by itself, else none.
+        dropout: Probability that a hidden value is dropped in training.
+
+    Shape: (batch, *input_shape) -> (batch, output_size).
+
+    Raises:
+        ValueError: If an option is out of range, or the layer is not of kind `linear`.
+    """
+
+    def __init__(
+        self,
+        layer: LayerFactory,
+        input_shape: tuple[int, ...],
+        output_size: int,
+        *,
+        width: int = 64,
+        depth: int = 2,
+        widths: tuple[int, ...] | None = None,
+        head: Literal["linear", "layer"] = "linear",
+        norm: Literal["layer", "none"] = "layer",
+        activation: str = "auto",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if layer.entry.kind != "linear":
+            raise ValueError(
+                f"layer={layer.entry.name!r} is of kind {layer.entry.kind!r}, and model 'mlp' is made of layers of "
+                "kind 'linear'; `archzoo.list_layers(kind='linear')` lists them"
+            )
+        if width < 1 or depth < 0:
+            raise ValueError(f"width={width}, depth={depth}: width must be 1 or more, and depth 0 or more")
+        if head not in ("linear", "layer"):
+            raise ValueError(f"head={head!r}: must be 'linear' or 'layer'")
+        if norm not in ("layer", "none"):
+            raise ValueError(f"norm={norm!r}: must be 'layer' or 'none'")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
+        self.widths = tuple(widths) if widths is not None else (width,) * depth
+        sizes = (math.prod(input_shape), *self.widths)
+        self.hidden = nn.Sequential()
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            self.hidden.append(layer(before, after))
+            if norm == "layer":
+                self.hidden.append(nn.LayerNorm(after))
+            function = _activation(activation, layer.entry.nonlinear)
+            if function is not None:
+                self.hidden.append(function)
+            if dropout:
+                self.hidden.append(nn.Dropout(dropout))
+        self.head = nn.Linear(sizes[-1], output_size) if head == "linear" else layer(sizes[-1], output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, *input_shape) to (batch, output_size)."""
+        return self.head(self.hidden(x.flatten(1)))
+
+
+def _activation(name: str, nonlinear: bool) -> nn.Module | None:
+    """A fresh module of that name, or None."""
+    if name == "auto":
+        name = "none" if nonlinear else "relu"
+    if name == "aptx":
+        from archzoo.layers.aptx import APTx
+
+        return APTx()
+    modules = {"none": None, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+    if name not in modules:
+        raise ValueError(f"activation={name!r}: {suggest(name, ACTIVATIONS)}")
+    chosen = modules[name]
+    return None if chosen is None else chosen()
+
+
+register_model("mlp")(MLP)

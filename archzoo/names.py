@@ -1,0 +1,18 @@
+"""Suggestions for misspelt names, in a module that imports nothing heavy."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+def suggest(wrong: str, names: Sequence[str]) -> str:
+    """The end of an error message about a wrong name.
+
+    >>> suggest("kna", ["aptx", "kan"])
+    "did you mean 'kan'?"
+    >>> suggest("zzz", ["aptx", "kan"])
+    'choose one of aptx, kan'
+    """
+    near = get_close_matches(wrong, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+    return f"choose one of {', '.join(names)}"

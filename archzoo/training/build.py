@@ -1,0 +1,235 @@
+"""From a config to its parts: task, model at its budget, optimizer, schedule."""
+
+import copy
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archzoo.budget import Match, count_flops, count_parameters, match_widths
+from archzoo.models.model import LayerFactory, models
+from archzoo.registry import list_layers
+from archzoo.tasks.task import DatasetError, Task, tasks
+from archzoo.training.config import ConfigError, OptimizerConfig, SchedulerConfig, TrainConfig
+
+
+def data_dir(config: TrainConfig) -> Path | None:
+    """The data folder: `data_dir`, else the environment variable ARCHZOO_DATA, else None.
+
+    Raises:
+        ConfigError: If the folder does not exist.
+    """
+    for key, value in (("data_dir", config.data_dir), ("ARCHZOO_DATA", os.environ.get("ARCHZOO_DATA"))):
+        if value:
+            folder = Path(value).expanduser()
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{key}={value}: there is no such folder; give one that holds the data sets, or make an empty one, "
+                    "into which they are downloaded"
+                )
+            return folder.absolute()
+    return None
+
+
+def build_task(config: TrainConfig) -> Task:
+    """The task with its data.
+
+    Raises:
+        ConfigError: If its name or an option is wrong.
+        DatasetError: If its data is not to be had.
+    """
+    return _task(json.dumps(config.task, sort_keys=True), data_dir(config), config.seed)
+
+
+@functools.lru_cache(maxsize=4)  # the runs of a sweep that share a process share the data
+def _task(options: str, folder: Path | None, seed: int) -> Task:
+    kwargs = json.loads(options)
+    name = kwargs.pop("name")
+    try:
+        return tasks.create(name, data_dir=folder, seed=seed, **kwargs)
+    except DatasetError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"task={name}: {error}") from error
+
+
+def _factory(layer: dict[str, Any]) -> LayerFactory:
+    options = dict(layer)
+    name = options.pop("name")
+    try:
+        return LayerFactory(name, options)
+    except ValueError as error:
+        raise ConfigError(f"layer.name={name}: {error}") from error
+
+
+def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...] | None) -> nn.Module:
+    options = dict(config.model)
+    name = options.pop("name")
+    if widths is not None:
+        options |= {"widths": widths}
+    return models.create(name, _factory(layer), task.input_shape, task.output_size, **options)
+
+
+def _settings(group: str, values: dict[str, Any]) -> str:
+    return " ".join([f"{group}={values['name']}", *(f"{group}.{k}={v}" for k, v in values.items() if k != "name")])
+
+
+def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...] | None) -> int:
+    with torch.device("meta"):
+        model = _build(config, layer, task, widths)
+        if config.budget.match == "params":
+            return count_parameters(model)
+        return count_flops(model.eval(), torch.zeros(1, *task.input_shape))
+
+
+def choose_widths(config: TrainConfig, task: Task) -> Match | None:
+    """The hidden widths at which the contestant's count meets the budget; None if nothing is to be matched.
+
+    Raises:
+        ConfigError: If the layer, the model or the budget cannot be had; names the nearest reachable count.
+    """
+    budget, layer = config.budget, config.layer
+    key = "parameters" if budget.match == "params" else "FLOPs an example"
+    try:
+        own = _count(config, layer, task, None) if _allowed(config, layer, task) else None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{_settings('layer', layer)}: {error}") from error
+    if budget.match == "none":
+        return None
+    if isinstance(budget.to, str):
+        if budget.to not in list_layers():
+            from archzoo.names import suggest
+
+            raise ConfigError(f"budget.to={budget.to}: no such layer, {suggest(budget.to, list_layers())}")
+        if budget.to == layer["name"]:
+            if own is None:
+                raise ConfigError(f"model.width={config.model.get('width')}: layer {layer['name']} refuses this width")
+            return Match(_widths(config), own, own)
+        try:
+            target = float(_count(config, {"name": budget.to}, task, None))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"budget.to={budget.to}: {error}") from error
+    else:
+        target = float(budget.to)
+
+    def count(widths: tuple[int, ...]) -> int | None:
+        try:
+            return _count(config, layer, task, widths)
+        except ValueError:  # a width that the layer cannot have, as 6 for phm with n=4
+            return None
+
+    if not _widths(config):
+        raise ConfigError("model.depth=0: there is no hidden width to choose; set model.depth=1 or budget.match=none")
+    try:
+        match = match_widths(count, len(_widths(config)), target, budget.tolerance)
+    except ValueError as error:
+        raise ConfigError(
+            f"budget.to={budget.to}: {target:,.0f} {key} cannot be reached with layer {layer['name']}; {error}"
+        ) from error
+    if abs(match.deviation) > budget.tolerance and budget.unreachable == "error":
+        raise ConfigError(
+            f"budget.to={budget.to}: no width gives layer {layer['name']} {target:,.0f} {key} within budget.tolerance="
+            f"{budget.tolerance:g}; the nearest reachable count is {match.count:,} ({match.deviation:+.1%}, widths "
+            f"{list(match.widths)}); accept it with budget.unreachable=nearest"
+        )
+    return match
+
+
+def _widths(config: TrainConfig) -> tuple[int, ...]:
+    return (int(config.model["width"]),) * int(config.model["depth"])
+
+
+def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
+    """Whether the layer can be built at all, at the configured width or at a rounder one; raises its own error if not."""
+    first: Exception | None = None
+    for width in (int(config.model["width"]), 240, 720720):
+        trial = copy.copy(config)
+        trial.model = {**config.model, "width": width}
+        try:
+            _count(trial, layer, task, None)
+            return width == int(config.model["width"])
+        except (ValueError, TypeError) as error:
+            first = first or error
+            if config.budget.match == "none":
+                break
+    assert first is not None
+    raise first
+
+
+def build_model(config: TrainConfig, task: Task) -> tuple[nn.Module, Match | None]:
+    """The contestant's model at its budget, on the CPU, and the widths chosen."""
+    match = choose_widths(config, task)
+    return _build(config, config.layer, task, match.widths if match else None), match
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of timm over the parameters that are trained; biases and norms are not decayed.
+
+    Raises:
+        ConfigError: If there is no such optimizer, or it does not take an option.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    from archzoo.names import suggest
+
+    if config.name not in list_optimizers():
+        raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, list_optimizers())}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{_settings('optimizer', vars(config))}: {error}") from error
+
+
+class Schedule:
+    """Sets the learning rate from the part of the budget that is spent, so that it needs no state of its own.
+
+    Args:
+        config: The schedule.
+        optimizer: Whose groups' `lr` is set.
+        resolution: Number of equal parts of the budget that have a rate each: its steps, if it is counted in steps.
+    """
+
+    def __init__(self, config: SchedulerConfig, optimizer: torch.optim.Optimizer, resolution: int):
+        from timm.scheduler import create_scheduler_v2
+
+        self.resolution = resolution
+        warmup = round(config.warmup * resolution)
+        if config.name == "none":
+            # timm has no constant schedule: a step that is never reached.
+            name, decay_every = "step", 2 * resolution
+        else:
+            name, decay_every = config.name, max(1, round(config.decay_every * resolution))
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=resolution,
+            decay_epochs=decay_every,
+            decay_milestones=[round(m * resolution) for m in config.milestones],
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_epochs=warmup,
+            warmup_lr=optimizer.param_groups[0]["lr"] / (warmup + 1),
+            warmup_prefix=False,
+        )
+        assert self.scheduler is not None
+
+    def set(self, fraction: float) -> None:
+        """Sets the rate for a step that begins when `fraction` of the budget is spent."""
+        self.scheduler.step(round(fraction * self.resolution))
+
+
+def example_batch(task: Task, size: int) -> Tensor:
+    """Zeros of the shape of a batch of inputs."""
+    return torch.zeros(size, *task.input_shape)

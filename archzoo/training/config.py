@@ -1,0 +1,214 @@
+"""The trainer's configuration: dataclass schemas behind every Hydra group, and the checks of their values.
+
+Nothing here imports torch: `python train.py --help` composes and prints these in well under two seconds.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from archzoo.names import suggest
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. Every line names a key, its value and what would be right."""
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimizer of `timm.optim` by name; `options` go to it as they are (betas, eps, …)."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SchedulerConfig:
+    """A learning-rate schedule of `timm.scheduler`. Lengths are fractions of the training budget."""
+
+    name: str = "cosine"
+    warmup: float = 0.0
+    min_lr: float = 0.0
+    decay_rate: float = 0.1
+    decay_every: float = 0.333
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+
+
+@dataclass
+class TrainerConfig:
+    """How long and how a run is trained. Exactly one of `steps`, `epochs` and `seconds` is set."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    clip_grad: float | None = None
+    precision: str = "float32"
+    compile: bool = False
+    ema_decay: float | None = None
+    eval_every: int | None = None
+    eval_batch_size: int = 1024
+    log_every: int = 20
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    device: str = "auto"
+    threads: int = 1
+    workers: int = 0
+    deterministic: bool = False
+    limit_batches: int | None = None
+    overfit_batches: int | None = None
+    detect_anomaly: bool = False
+    profile: bool = False
+
+
+@dataclass
+class BudgetConfig:
+    """Which count every contestant shares with the reference, and how closely."""
+
+    match: str = "params"
+    to: Any = "linear"
+    tolerance: float = 0.01
+    unreachable: str = "error"
+
+
+@dataclass
+class TrackerConfig:
+    """Mirrors of the local record: Weights & Biases and TensorBoard."""
+
+    wandb: str = "offline"
+    project: str = "archzoo"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    tensorboard: bool = False
+
+
+@dataclass
+class SweepConfig:
+    """How the runs of a comparison are treated."""
+
+    retry_failed: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """A run. `task`, `model` and `layer` hold a registry `name` and the options of what it names."""
+
+    name: str = "run"
+    output_dir: str = "outputs/run"
+    data_dir: str | None = None
+    seed: int = 0
+    task: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    layer: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+PRECISIONS = ("float32", "float64", "bfloat16", "float16")
+SCHEDULERS = ("none", "cosine", "step", "multistep", "poly")
+# What does not change the numbers of a run, and so is not part of its identity.
+NOT_IDENTITY = {
+    "": ("name", "output_dir", "data_dir", "tracker", "sweep"),
+    "trainer": ("device", "threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "profile"),
+}
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides a run's result: no paths, logging or devices."""
+    kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY[""]}
+    kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in NOT_IDENTITY["trainer"]}
+    return kept
+
+
+def run_id(config: dict[str, Any]) -> str:
+    """Ten hexadecimal digits that are the same for the same `identity`, on every machine."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def validate(config: TrainConfig) -> None:
+    """Checks every value that can be checked without building anything.
+
+    Raises:
+        ConfigError: With one line for each wrong value.
+    """
+    errors = list(_errors(config))
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _errors(config: TrainConfig) -> Iterator[str]:
+    def number(key: str, value: float | None, low: float, right: str, strict: bool = False) -> Iterator[str]:
+        if value is not None and not (math.isfinite(value) and (value > low if strict else value >= low)):
+            yield f"{key}={value:g}: must be {right}"
+
+    def choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
+        if value not in choices:
+            yield f"{key}={value}: must be one of {', '.join(choices)}; {suggest(str(value), list(choices))}"
+
+    for group in ("task", "model", "layer"):
+        if not isinstance(getattr(config, group).get("name"), str):
+            yield f"{group}.name: missing; choose a {group}, as {group}={_EXAMPLES[group]}"
+    if not config.name or "/" in config.name:
+        yield f"name={config.name!r}: must be a word without slashes, as name=digits"
+    yield from number("seed", config.seed, 0, "a whole number from 0 up, as seed=0")
+
+    o, s, t, b = config.optimizer, config.scheduler, config.trainer, config.budget
+    yield from number("optimizer.lr", o.lr, 0, "a positive number, as optimizer.lr=1e-3", strict=True)
+    yield from number("optimizer.weight_decay", o.weight_decay, 0, "0 or more, as optimizer.weight_decay=0.01")
+    yield from number("optimizer.momentum", o.momentum, 0, "from 0 to less than 1, as optimizer.momentum=0.9")
+    if o.momentum >= 1:
+        yield f"optimizer.momentum={o.momentum:g}: must be from 0 to less than 1, as optimizer.momentum=0.9"
+
+    yield from choice("scheduler.name", s.name, SCHEDULERS)
+    yield from number("scheduler.min_lr", s.min_lr, 0, "0 or more, as scheduler.min_lr=1e-5")
+    yield from number("scheduler.decay_rate", s.decay_rate, 0, "positive, as scheduler.decay_rate=0.1", strict=True)
+    for key, value in (("warmup", s.warmup), ("decay_every", s.decay_every), *(("milestones", m) for m in s.milestones)):
+        if not 0 <= value <= 1 or (key == "decay_every" and value == 0):
+            yield f"scheduler.{key}={value:g}: must be a fraction of the budget between 0 and 1, as scheduler.{key}=0.1"
+
+    lengths = {key: getattr(t, key) for key in ("steps", "epochs", "seconds") if getattr(t, key) is not None}
+    if len(lengths) != 1:
+        got = ", ".join(f"trainer.{key}={value:g}" for key, value in lengths.items()) or "none of them"
+        drop = " ".join(f"trainer.{key}=null" for key in list(lengths)[1:]) or "trainer.epochs=20"
+        yield f"trainer.steps, trainer.epochs, trainer.seconds: exactly one must be set, got {got}; add {drop}"
+    for key, value in lengths.items():
+        yield from number(f"trainer.{key}", value, 0, f"positive, as trainer.{key}=100", strict=True)
+    for key in ("batch_size", "eval_batch_size", "accumulate", "log_every", "threads", "keep_checkpoints"):
+        yield from number(f"trainer.{key}", getattr(t, key), 1, f"1 or more, as trainer.{key}=1")
+    for key in ("eval_every", "checkpoint_every", "limit_batches", "overfit_batches"):
+        yield from number(f"trainer.{key}", getattr(t, key), 1, f"1 or more, or null, as trainer.{key}=100")
+    yield from number("trainer.workers", t.workers, 0, "0 or more, as trainer.workers=2")
+    yield from number("trainer.clip_grad", t.clip_grad, 0, "positive, or null, as trainer.clip_grad=1.0", strict=True)
+    yield from choice("trainer.precision", t.precision, PRECISIONS)
+    if t.ema_decay is not None and not 0 < t.ema_decay < 1:
+        yield f"trainer.ema_decay={t.ema_decay:g}: must be between 0 and 1, or null, as trainer.ema_decay=0.999"
+    if t.device not in ("auto", "cpu") and t.device.split(":")[0] != "cuda":
+        yield f"trainer.device={t.device}: must be auto, cpu, cuda or cuda:0"
+
+    yield from choice("budget.match", b.match, ("params", "flops", "none"))
+    yield from choice("budget.unreachable", b.unreachable, ("error", "nearest"))
+    yield from number("budget.tolerance", b.tolerance, 0, "a fraction, as budget.tolerance=0.01")
+    if isinstance(b.to, bool) or not isinstance(b.to, str | int | float):
+        yield f"budget.to={b.to}: must be a layer's name or a count, as budget.to=linear or budget.to=100000"
+    elif not isinstance(b.to, str):
+        yield from number("budget.to", b.to, 0, "a layer's name or a positive count, as budget.to=1e5", strict=True)
+
+    yield from choice("tracker.wandb", config.tracker.wandb, ("offline", "online", "disabled"))
+    if not config.tracker.project:
+        yield "tracker.project: must not be empty, as tracker.project=archzoo"
+
+
+_EXAMPLES = {"task": "digits", "model": "mlp", "layer": "kan"}

@@ -1,0 +1,346 @@
+"""The training loop: plain torch, to be read from top to bottom.
+
+Every module that has a `regularization_loss()` adds it to the loss, and every module that has a `constrain_()` is
+constrained after each optimizer step; nothing else is expected of a layer.
+"""
+
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archzoo.tasks.task import Task
+from archzoo.training.build import Schedule, build_optimizer
+from archzoo.training.callbacks import Callback
+from archzoo.training.checkpoint import CheckpointError, get_random_state, get_state, set_random_state, set_state
+from archzoo.training.config import TrainConfig
+from archzoo.training.data import BatchOrder, eval_batches, train_batches
+from archzoo.training.diagnose import Divergence, diagnose
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite any more."""
+
+    def __init__(self, divergence: Divergence):
+        super().__init__(str(divergence))
+        self.divergence = divergence
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Trainer:
+    """Trains one model on one task.
+
+    Args:
+        config: The run's configuration, validated.
+        task: The task with its data.
+        model: The model, freshly built; it is moved to the device.
+        callbacks: Called in this order.
+        record: Called with every line of metrics: a step, and what was measured there.
+        save: Called with the trainer when a checkpoint is due.
+        should_stop: Looked at once a step; true ends the run after it has been saved.
+        progress: Called after every step with (step, fraction of the budget spent).
+
+    Attributes:
+        model: The model that is trained.
+        optimizer: Its optimizer.
+        step: Optimizer steps done.
+        inputs: Inputs of the last forward pass, on the device.
+        regularization_factor: Multiplies the layers' `regularization_loss()`; callbacks may set it.
+        best: Metrics of the evaluation with the best validation score, with its `step`; None before the first.
+        last: Metrics of the last evaluation.
+        step_times: Seconds of every step of this process, evaluations and logging left out.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        model: nn.Module,
+        callbacks: Iterable[Callback] = (),
+        *,
+        record: Callable[[dict[str, float]], None] = lambda line: None,
+        save: Callable[["Trainer"], None] = lambda trainer: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, float], None] = lambda step, spent: None,
+    ):
+        t = config.trainer
+        self.config, self.task, self.callbacks = config, task, list(callbacks)
+        self.record, self.save, self.should_stop, self.progress = record, save, should_stop, progress
+        self.device = resolve_device(t.device)
+        self.dtype = torch.float64 if t.precision == "float64" else torch.float32
+        self.model = model.to(self.device, self.dtype)
+        if t.compile:
+            self.model.compile()
+        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type) if t.precision == "float16" else None
+        self.metrics = task.metrics().to(self.device)
+        self.ema = None
+        if t.ema_decay is not None:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(self.model, decay=t.ema_decay)
+
+        examples = len(task.train)  # type: ignore[arg-type]  # every split has a length
+        order = {"seed": config.seed, "shuffle": not (task.stream or t.overfit_batches)}
+        self.order = BatchOrder(
+            examples, t.batch_size, batches_per_epoch=t.overfit_batches or t.limit_batches, **order
+        )
+        self.steps_per_epoch = self.order.batches_per_epoch / t.accumulate
+        self.total_steps = total_steps(config, task, self.steps_per_epoch)
+        self.schedule = Schedule(config.scheduler, self.optimizer, self.total_steps or 1000)
+        self.eval_every = t.eval_every or max(1, (self.total_steps or 10_000) // 20)
+        self.checkpoint_every = t.checkpoint_every or self.eval_every
+
+        self.regularized = [m for m in self.model.modules() if callable(getattr(m, "regularization_loss", None))]
+        self.constrained = [m for m in self.model.modules() if callable(getattr(m, "constrain_", None))]
+        self.regularization_factor = 1.0
+        self.step, self.inputs = 0, torch.empty(0)
+        self.elapsed_before, self.started = 0.0, time.perf_counter()
+        self.evaluations: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self.step_times = array("d")
+
+    # ---- what is asked of a run while it goes on
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def spent(self) -> float:
+        """Fraction of the training budget that is spent."""
+        if self.total_steps is not None:
+            return self.step / self.total_steps
+        return min(1.0, self.elapsed() / (self.config.trainer.seconds or 1.0))
+
+    @property
+    def last(self) -> dict[str, float] | None:
+        """Metrics of the last evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def reset_optimizer_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drops the optimizer's moments of parameters whose meaning has changed."""
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
+
+    # ---- the loop
+
+    def fit(self) -> None:
+        """Trains until the budget is spent.
+
+        Raises:
+            Diverged: When the loss is not finite.
+            Interrupted: When `should_stop` said so; the state is saved.
+        """
+        log_every = self.config.trainer.log_every
+        for callback in self.callbacks:
+            callback.on_start(self)
+        batches = self._batches()
+        self.started = time.perf_counter()
+        self.model.train()
+        while not self._done():
+            began = time.perf_counter()
+            loss = self._train_step(batches)
+            self.step_times.append(time.perf_counter() - began)
+            self.progress(self.step, self.spent())
+            if self.step % log_every == 0 or self._done():
+                self._check_finite(loss := float(loss))
+                self._log({"train/loss": loss, "lr": self.optimizer.param_groups[0]["lr"]})
+            evaluate = self.step % self.eval_every == 0 or self._done()
+            if evaluate:
+                self._evaluate()
+            stop = self.should_stop()
+            if stop or self.step % self.checkpoint_every == 0 or evaluate and self._done():
+                self.save(self)
+            if stop and not self._done():
+                raise Interrupted
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _train_step(self, batches: Iterator[Any]) -> Tensor | float:
+        accumulate, clip = self.config.trainer.accumulate, self.config.trainer.clip_grad
+        self.schedule.set(self.spent())
+        for callback in self.callbacks:
+            callback.before_step(self)
+        total: Tensor | float = 0.0
+        for _ in range(accumulate):
+            self.inputs, targets = self._to_device(next(batches))
+            with self._autocast():
+                loss = self.task.loss(self.model(self.inputs), targets)
+            for module in self.regularized:
+                loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]
+            if accumulate > 1:
+                loss = loss / accumulate
+            if self.device.type == "cpu":  # on a GPU, reading the loss would wait for it: there it is read when logged
+                self._check_finite(value := loss.item())
+            else:
+                value = loss.detach()
+            total += value
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if clip is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for module in self.constrained:
+            module.constrain_()  # type: ignore[operator]
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        for callback in self.callbacks:
+            callback.after_step(self)
+        return total
+
+    def _check_finite(self, loss: float) -> None:
+        if loss - loss != 0:  # nan or inf
+            raise Diverged(diagnose(self, loss))
+
+    def _done(self) -> bool:
+        return self.step >= self.total_steps if self.total_steps is not None else self.spent() >= 1.0
+
+    def _batches(self) -> Iterator[Any]:
+        t = self.config.trainer
+        self.order.start = self.step * t.accumulate
+        return train_batches(self.task, self.task.train, self.order, t.workers, pin=self.device.type == "cuda")
+
+    def _to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return self._move(inputs), self._move(targets)
+
+    def _move(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype if t.is_floating_point() else None, non_blocking=True)
+
+    def _autocast(self) -> Any:
+        precision = self.config.trainer.precision
+        if precision in ("bfloat16", "float16"):
+            return torch.autocast(self.device.type, DTYPES[precision])
+        return nullcontext()
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, split: str, model: nn.Module | None = None) -> dict[str, float]:
+        """The task's metrics on a split, as `SPLIT/METRIC`."""
+        t = self.config.trainer
+        model = self.eval_model if model is None else model
+        metrics = self.metrics
+        metrics.reset()
+        was_training = model.training
+        model.eval()
+        if t.overfit_batches:  # the question is whether these batches can be fitted at all
+            order = BatchOrder(self.order.examples, t.batch_size, seed=0, shuffle=False)
+            batches: Iterator[Any] = train_batches(self.task, self.task.train, order, workers=0)
+            batches = itertools.islice(batches, t.overfit_batches)
+        else:
+            batches = eval_batches(self.task, getattr(self.task, split), t.eval_batch_size, t.limit_batches)
+        for batch in batches:
+            inputs, targets = self._to_device(batch)
+            with self._autocast():
+                output = model(inputs)
+            metrics.update(output.to(self.dtype), targets)
+        model.train(was_training)
+        return {f"{split}/{key}": float(value) for key, value in metrics.compute().items()}
+
+    def _evaluate(self) -> None:
+        metrics: dict[str, float] = {}
+        for split in self.task.watched:
+            metrics |= self.evaluate(split)
+        for callback in self.callbacks:
+            callback.on_evaluate(self, metrics)
+        key, sign = f"val/{self.task.score}", 1 if self.task.mode == "max" else -1
+        self.evaluations.append({"step": float(self.step), **metrics})
+        if self.best is None or sign * metrics[key] > sign * self.best[key]:  # never true of a NaN
+            self.best = self.evaluations[-1]
+            self.best_weights = {k: v.detach().cpu().clone() for k, v in self.eval_model.state_dict().items()}
+        self._log(metrics)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        epoch = self.step / self.steps_per_epoch
+        self.record({"step": self.step, "epoch": epoch, "time_s": self.elapsed(), **metrics})
+
+    # ---- what a checkpoint holds
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything that is needed to go on bit for bit: tensors by file, and plain JSON."""
+        training, numbers = get_state(self.model, self.optimizer)
+        tensors = {"training": training, "best": self.best_weights}
+        if self.ema is not None:
+            tensors["ema"] = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
+        state = {
+            "elapsed_s": self.elapsed(),
+            "evaluations": self.evaluations,
+            "best": self.best,
+            "optimizer": numbers,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "random": get_random_state(),
+            "callbacks": [c.state_dict() for c in self.callbacks],
+        }
+        return tensors, state
+
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Takes up what `state` returned.
+
+        Raises:
+            CheckpointError: If it is of another model, optimizer or set of callbacks.
+        """
+        set_state(self.model, self.optimizer, tensors["training"], state["optimizer"])
+        if self.ema is not None:
+            if "ema" not in tensors:
+                raise CheckpointError("the checkpoint has no moving average, and trainer.ema_decay is set")
+            self.ema.module.load_state_dict(tensors["ema"])
+        self.step, self.elapsed_before = int(state["step"]), float(state["elapsed_s"])
+        self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors["best"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise CheckpointError("the checkpoint was written with other callbacks")
+        for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(callback_state)
+        set_random_state(state["random"])
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"trainer.device={name}: this machine has no CUDA device; use trainer.device=auto")
+    return device
+
+
+def total_steps(config: TrainConfig, task: Task, steps_per_epoch: float) -> int | None:
+    """Optimizer steps of the whole run; None if it is counted in seconds.
+
+    Raises:
+        ValueError: If epochs are asked of a task that has none.
+    """
+    t = config.trainer
+    if t.epochs is None:
+        return t.steps
+    if task.stream:
+        raise ValueError(
+            f"trainer.epochs={t.epochs:g}: task {config.task['name']} is an endless stream and has no epochs; set "
+            "trainer.epochs=null trainer.steps=10000"
+        )
+    return max(1, round(t.epochs * steps_per_epoch))
