@@ -1,32 +1,38 @@
-"""Metrics that torchmetrics does not have. Imported only when a job runs, for torchmetrics is slow to import."""
+"""The metric that torchmetrics does not have. torchmetrics is slow to import, hence only where a metric is made."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
-class MeanLoss(Metric):
-    """Mean of a loss over all examples seen, each batch weighted by its size.
+def mean_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> "Metric":
+    """Metric that is the mean of a loss over all examples seen, each batch weighted by its size.
 
     Args:
         loss: Maps (output, target) to the batch's mean loss.
     """
+    from torchmetrics import Metric
 
-    full_state_update = False
+    class MeanLoss(Metric):
+        full_state_update = False
+        total: Tensor
+        count: Tensor
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]):
-        super().__init__()
-        self.loss = loss
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Adds a batch."""
-        self.total += self.loss(output, target).double() * len(output)
-        self.count += len(output)
+        def update(self, output: Tensor, target: Tensor) -> None:
+            self.total += loss(output, target).double() * len(output)
+            self.count += len(output)
 
-    def compute(self) -> Tensor:
-        """The mean so far."""
-        return self.total / self.count
+        def compute(self) -> Tensor:
+            return self.total / self.count
+
+    return MeanLoss()

@@ -5,34 +5,47 @@ import torch
 from torch import Tensor
 
 SPLIT_SEED = 20240430
+# RandomState throughout, not default_rng: NumPy promises that its numbers never change.
 
 
 def random_split(count: int, *, val: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of a random split of `count` examples: (train, val, test), each int64.
 
     Raises:
-        ValueError: If nothing would be left to train on.
+        ValueError: If a size is negative, or nothing would be left to train on.
     """
-    if val + test >= count:
-        raise ValueError(f"val={val} and test={test} leave nothing of {count} examples to train on")
-    order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(count))
+    _check(count, val, test)
+    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(count))
     return order[val + test :], order[:val], order[val : val + test]
 
 
 def stratified_split(labels: Tensor, *, val: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `random_split`, with every class as frequent in each part as in the whole (to within one example).
+    """As `random_split`, with every class about as frequent in each part as in the whole.
+
+    A class's count in the test part is within one of its share, in the others within two.
 
     Args:
         labels: (count,) class of every example.
     """
     count = len(labels)
-    random_split(count, val=val, test=test)  # for its check
-    rng = np.random.default_rng(SPLIT_SEED)
-    # Every example gets the place in its class, as a fraction; sorting by it interleaves the classes evenly.
-    place = np.empty(count)
-    values = labels.numpy()
-    for label in np.unique(values):
-        members = rng.permutation(np.flatnonzero(values == label))
-        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    order = torch.from_numpy(np.argsort(place, kind="stable"))
-    return order[val + test :], order[:val], order[val : val + test]
+    _check(count, val, test)
+    rng = np.random.RandomState(SPLIT_SEED)
+    order = rng.permutation(count)
+    rest = order[np.argsort(labels.numpy()[order], kind="stable")]
+
+    def take(size: int) -> Tensor:
+        """Takes examples out of the rest at equal distances; as it is sorted by class, each class gives its share."""
+        nonlocal rest
+        taken = np.diff(np.arange(len(rest) + 1) * size // len(rest)) > 0
+        part, rest = rest[taken], rest[~taken]
+        return torch.from_numpy(rng.permutation(part))
+
+    test_part, val_part = take(test), take(val)
+    return take(len(rest)), val_part, test_part
+
+
+def _check(count: int, val: int, test: int) -> None:
+    if val < 0 or test < 0:
+        raise ValueError(f"val={val} and test={test} must not be negative")
+    if val + test >= count:
+        raise ValueError(f"val={val} and test={test} leave nothing of {count} examples to train on")

@@ -40,7 +40,7 @@ class TensorSplit(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.inputs[index], self.targets[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         return self.inputs[indices], self.targets[indices]
 
 
@@ -48,7 +48,8 @@ class Task(ABC):
     """A task. A subclass sets the attributes below in `__init__`, which loads the data.
 
     Args (of every subclass):
-        data_dir: Where data files are, or where they are downloaded to; None where there is none.
+        data_dir: Where data files are, or where they are downloaded to. None: the folder that ARCHZOO_DATA names,
+            else `archzoo` in the user's cache.
         seed: Seed of the run: for data that is drawn anew. Never of the train/validation/test split.
 
     Attributes:
@@ -105,7 +106,7 @@ class ClassificationTask(Task):
     """A task with classes: cross entropy and accuracy. `output_size` is the number of classes."""
 
     score = "accuracy"
-    mode = "max"
+    mode: Literal["max", "min"] = "max"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean cross entropy of logits (batch, classes) against class indices (batch,)."""
@@ -116,11 +117,29 @@ class ClassificationTask(Task):
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 
-        from archzoo.tasks.metrics import MeanLoss
+        from archzoo.tasks.metrics import mean_loss
 
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(self.output_size, average="micro", validate_args=False),
-                "loss": MeanLoss(self.loss),
+                "loss": mean_loss(self.loss),
             }
         )
+
+
+class RegressionTask(Task):
+    """A task with one real number to predict: mean squared error. Targets are (batch, 1)."""
+
+    output_size = 1
+    score = "rmse"
+    mode: Literal["max", "min"] = "min"
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of (batch, 1) against (batch, 1)."""
+        return nn.functional.mse_loss(output, target)
+
+    def metrics(self) -> "MetricCollection":
+        """Root of the mean squared error, in the target's unit, and the loss, its square."""
+        from torchmetrics import MeanSquaredError, MetricCollection
+
+        return MetricCollection({"rmse": MeanSquaredError(squared=False), "loss": MeanSquaredError()})

@@ -1,0 +1,278 @@
+"""The arithmetic task of the NAU and NMU (Madsen & Johansen 2020, arXiv 2001.05016): is the formula found exactly?
+
+Train on inputs of one range, test on those of another. The success criterion is that of arXiv 1910.01888.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from archzoo.tasks.options import choice, number, whole_number
+from archzoo.tasks.split import SPLIT_SEED
+from archzoo.tasks.task import RegressionTask, TensorSplit, register_task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+OPERATIONS = ("add", "sub", "mul", "div", "squared", "function10")
+EPSILON = 1e-5
+"""By how much every weight of the first layer is off in the solution that sets the threshold."""
+BLOCK = 1024
+"""Samples of the stream that are drawn at once."""
+STREAM_LENGTH = 2**48
+"""Samples that the stream says it has."""
+MAX_VALUES = 2**28
+"""Most input values that a split may hold: 1 GiB of float32."""
+TRAIN, VAL, TEST, OFFSET = range(4)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """t = operation(a, b), where a and b are weighted sums of the inputs.
+
+    Args:
+        operation: One of `OPERATIONS`.
+        weights: (inputs, 2) float64: 1 where an input belongs to a, and to b, and 0 elsewhere.
+    """
+
+    operation: str
+    weights: np.ndarray
+
+    def __call__(self, inputs: np.ndarray, epsilon: float = 0.0) -> np.ndarray:
+        """Values (n, 1) for inputs (n, inputs), float64; with every weight off by epsilon towards the wrong side."""
+        sums = inputs @ (self.weights + epsilon * (1 - 2 * self.weights))
+        a, b = sums[:, :1], sums[:, 1:]
+        if self.operation == "add":
+            return a + b
+        if self.operation == "sub":
+            return a - b
+        if self.operation == "div":
+            return a / b
+        return a * a if self.operation == "squared" else a * b
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Inputs drawn uniformly from a union of intervals, in numbered blocks that do not depend on each other.
+
+    Args:
+        intervals: (k, 2) float64, bounds of the intervals.
+        inputs: Number of inputs of a sample.
+        key: Key of the counter-based generator.
+    """
+
+    intervals: np.ndarray
+    inputs: int
+    key: int
+
+    def __call__(self, count: int, block: int = 0) -> np.ndarray:
+        """The first `count` samples of a block, (count, inputs) float32."""
+        # Philox makes any place of its sequence at the same cost; RandomState, for NumPy promises never to change it.
+        rng = np.random.RandomState(np.random.Philox(key=self.key, counter=block << 64))
+        low, high = self.intervals.T
+        ends = np.cumsum(high - low)
+        position = rng.random_sample((count, self.inputs)) * ends[-1]
+        if len(ends) > 1:
+            which = np.searchsorted(ends[:-1], position, side="right")
+            return (position + (high - ends)[which]).astype(np.float32)
+        return (position + low).astype(np.float32)
+
+
+class SampleStream(Dataset[tuple[Tensor, Tensor]]):
+    """Endless fresh samples. Sample i depends on the seed and on i alone, whoever asks for it and in whatever batch.
+
+    Meant to be read in order, as the block that was read last is kept.
+    """
+
+    def __init__(self, formula: Formula, draw: Uniform):
+        self.formula, self.draw = formula, draw
+        self._number = -1
+        self._block = torch.empty(0), torch.empty(0)
+
+    def __len__(self) -> int:
+        return STREAM_LENGTH
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not len(indices):
+            return torch.empty(0, self.draw.inputs), torch.empty(0, 1)
+        order = np.asarray(indices, dtype=np.int64)
+        if order.min() < 0 or order.max() >= STREAM_LENGTH:
+            raise IndexError(f"samples are numbered from 0 to {STREAM_LENGTH - 1}")
+        blocks, places = np.divmod(order, BLOCK)
+        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+        parts = []
+        for block, rows in zip(blocks[starts], np.split(places, starts[1:]), strict=True):
+            inputs, targets = self._get(int(block))
+            parts.append((inputs[rows], targets[rows]))
+        return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts]))
+
+    def _get(self, number: int) -> tuple[Tensor, Tensor]:
+        if number != self._number:
+            self._block, self._number = _samples(self.formula, self.draw(BLOCK, number)), number
+        return self._block
+
+
+@register_task("arithmetic")
+class Arithmetic(RegressionTask):
+    """t = a + b, a - b, a b, a / b or a^2 of sums a and b over two overlapping runs of the inputs.
+
+    Training samples are fresh at every step, a stream without end. Where the runs lie is drawn once per seed; the
+    validation inputs (training range) and the test inputs (test range) are the same for all seeds. `function10` is
+    t = (x1 + x2) (x1 + x2 + x3 + x4) of four inputs, which a NAU(4, 2) and an NMU(2, 1) compute with ten parameters.
+
+    A run has succeeded if, at the evaluation with the lowest validation error, its test error is below `threshold`: the
+    error on the test set of a model whose first layer's weights are all off by 1e-5 and whose second layer is perfect.
+
+    Args:
+        operation: `add`, `sub`, `mul`, `div`, `squared` (of a) or `function10`.
+        input_size: Number of inputs.
+        subset_ratio: Share of the inputs that each of a and b sums; rounded down.
+        overlap_ratio: Share of a's inputs that are also b's; rounded down. The authors' code has it so; their printed
+            algorithm means a share of all inputs.
+        train_range: Bounds of the training inputs, [low, high], or several such pairs, for a union of intervals.
+        test_range: Bounds of the test inputs, likewise.
+        eval_size: Samples to validate on, and others to test on.
+        data_dir: Not needed.
+        seed: Seed of the training samples and of the place of the runs.
+
+    Attributes:
+        threshold: Mean squared error on the test set below which the formula counts as found.
+
+    Raises:
+        ValueError: If an option is wrong, or the two runs do not fit into the inputs.
+    """
+
+    score = "mse"
+    watched: ClassVar[tuple[str, ...]] = ("val", "test")
+    stream = True
+
+    def __init__(
+        self,
+        *,
+        operation: str = "mul",
+        input_size: int = 100,
+        subset_ratio: float = 0.25,
+        overlap_ratio: float = 0.5,
+        train_range: Sequence[Any] = (1.0, 2.0),
+        test_range: Sequence[Any] = (2.0, 6.0),
+        eval_size: int = 10_000,
+        data_dir: Path | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(data_dir=data_dir, seed=seed)
+        choice("operation", operation, OPERATIONS)
+        whole_number("input_size", input_size, 1, 10_000)
+        number("subset_ratio", subset_ratio, 0.0, 1.0)
+        number("overlap_ratio", overlap_ratio, 0.0, 1.0)
+        train_intervals, test_intervals = _intervals("train_range", train_range), _intervals("test_range", test_range)
+        if operation == "function10":
+            if (input_size, subset_ratio, overlap_ratio) != (100, 0.25, 0.5):
+                raise ValueError(
+                    f"input_size={input_size}, subset_ratio={subset_ratio}, overlap_ratio={overlap_ratio}: "
+                    "operation='function10' has four inputs and subsets of its own; leave these at 100, 0.25 and 0.5"
+                )
+            input_size, runs = 4, (slice(0, 2), slice(0, 4))
+        else:
+            runs = self._runs(input_size, subset_ratio, overlap_ratio)
+        whole_number("eval_size", eval_size, 1, MAX_VALUES // input_size)
+
+        self.input_shape = (input_size,)
+        weights = np.zeros((input_size, 2))
+        for column, run in enumerate(runs):
+            weights[run, column] = 1
+        self.formula = Formula(operation, weights)
+        self.train = SampleStream(self.formula, Uniform(train_intervals, input_size, _key(seed, TRAIN)))
+        val = Uniform(train_intervals, input_size, _key(SPLIT_SEED, VAL))(eval_size)
+        self.val = TensorSplit(*_samples(self.formula, val))
+        test = Uniform(test_intervals, input_size, _key(SPLIT_SEED, TEST))(eval_size).astype(np.float64)
+        self.test = TensorSplit(*_samples(self.formula, test))
+        self.threshold = float(np.mean((self.formula(test, EPSILON) - self.formula(test)) ** 2))
+
+    def _runs(self, input_size: int, subset_ratio: float, overlap_ratio: float) -> tuple[slice, slice]:
+        """The inputs that a sums, and those that b sums."""
+        size = _floor(subset_ratio * input_size)
+        overlap = _floor(overlap_ratio * size)
+        used = 2 * size - overlap
+        if not size or used > input_size:
+            raise ValueError(
+                f"subset_ratio={subset_ratio}, overlap_ratio={overlap_ratio}: two subsets of {size} inputs that share "
+                f"{overlap} do not fit into input_size={input_size}; subsets must have at least 1 and use at most all"
+            )
+        rng = np.random.RandomState(np.random.Philox(key=_key(self.seed, OFFSET)))
+        start = int(rng.randint(input_size - used + 1))
+        return slice(start, start + size), slice(start + size - overlap, start + used)
+
+    def metrics(self) -> "MetricCollection":
+        """The mean squared error."""
+        from torchmetrics import MeanSquaredError, MetricCollection
+
+        return MetricCollection({"mse": MeanSquaredError()})
+
+    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, float]:
+        """Whether and when the formula was found.
+
+        `success`: 1 if, at the evaluation with the lowest validation error, the test error is below the threshold.
+        `solved_at`: the first evaluated step with a test error below the threshold; absent where there is none.
+        `sparsity_error`: how far the weight that is farthest from its integers is from them at the end of training;
+        the maximum over the modules that have `sparsity_error()`, absent where there is none.
+        `threshold`: the threshold.
+        """
+        summary = {"threshold": self.threshold, "success": 0.0}
+        finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation["val/mse"])]
+        if finite:
+            best = min(finite, key=lambda evaluation: evaluation["val/mse"])
+            summary["success"] = float(best["test/mse"] < self.threshold)
+        solved = [evaluation["step"] for evaluation in evaluations if evaluation["test/mse"] < self.threshold]
+        if solved:
+            summary["solved_at"] = float(min(solved))
+        methods = [getattr(module, "sparsity_error", None) for module in model.modules()]
+        with torch.no_grad():
+            errors = [float(method()) for method in methods if callable(method)]
+        if errors:
+            summary["sparsity_error"] = max(errors)
+        return summary
+
+
+def _samples(formula: Formula, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, both float32; the targets computed in float64 from the very inputs that the model gets."""
+    targets = formula(inputs.astype(np.float64))
+    return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets.astype(np.float32))
+
+
+def _key(seed: int, purpose: int) -> int:
+    return purpose << 64 | seed % 2**64
+
+
+def _floor(value: float) -> int:
+    """Rounds down, but 0.29 * 100 to 29."""
+    return math.floor(value + 1e-9)
+
+
+def _intervals(name: str, value: Any) -> np.ndarray:
+    """Bounds (k, 2) of [low, high] or of several such pairs, in ascending order."""
+    try:
+        intervals = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        intervals = np.empty(0)
+    if intervals.shape == (2,):
+        intervals = intervals[None]
+    right = intervals.ndim == 2 and intervals.shape[1] == 2 and len(intervals) > 0
+    if right and (np.abs(intervals) <= 1e6).all() and (intervals[:, 0] < intervals[:, 1]).all():
+        intervals = intervals[np.argsort(intervals[:, 0])]
+        if (intervals[1:, 0] >= intervals[:-1, 1]).all():
+            return intervals
+    raise ValueError(
+        f"{name}={value!r}: must be [low, high] with low < high, both within 1e6 of 0, "
+        "or a list of such pairs that do not overlap"
+    )

@@ -1,0 +1,140 @@
+"""Data files of a task: where they are looked for, how they are downloaded, and that they are what they should be."""
+
+import hashlib
+import http.client
+import logging
+import os
+import secrets
+import shlex
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from archzoo.tasks.task import DatasetError
+
+VARIABLE = "ARCHZOO_DATA"
+TIMEOUT = 10.0
+"""Seconds that a server may be silent."""
+DEADLINE = 600.0
+"""Seconds that one download may take."""
+MAX_BYTES = 2**27
+"""More than any file of ours has: a server that sends more sends something else."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data set that comes as files.
+
+    Args:
+        title: Its name, for messages.
+        folder: Name of its folder in the data folder.
+        mirrors: Addresses that the files' names are put behind; tried in this order.
+        sha256: SHA-256 of every file, by the file's name.
+    """
+
+    title: str
+    folder: str
+    mirrors: tuple[str, ...]
+    sha256: Mapping[str, str]
+
+
+def data_root(data_dir: Path | str | None) -> Path:
+    """The folder that holds every data set: `data_dir`, else $ARCHZOO_DATA, else `archzoo` in the user's cache.
+
+    Raises:
+        DatasetError: If the folder that was asked for does not exist; it may be misspelt, so it is not made.
+    """
+    given, asked = (data_dir, "data_dir") if data_dir else (os.environ.get(VARIABLE), VARIABLE)
+    try:
+        if not given:
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "archzoo"
+        root = Path(given).expanduser()
+    except RuntimeError:
+        raise DatasetError(f"there is no home folder to keep data in; set {VARIABLE} to a folder") from None
+    if not root.is_dir():
+        raise DatasetError(f"{asked}={str(given)!r}: there is no such folder; make it, or name the one with the data")
+    return root
+
+
+def read_file(source: Source, name: str, data_dir: Path | str | None) -> bytes:
+    """Content of one file of a data set, which is downloaded first where it is absent. Always what its SHA-256 says.
+
+    Raises:
+        DatasetError: If it is not to be had, or is not the right one.
+    """
+    path = data_root(data_dir) / source.folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return _download(source, name, path)
+    except OSError as error:
+        raise DatasetError(f"{source.title}: cannot read {path}: {error}") from error
+    found, right = hashlib.sha256(data).hexdigest(), source.sha256[name]
+    if found != right:
+        raise DatasetError(
+            f"{source.title}: {path} is cut short, corrupted or another file ({len(data)} bytes, SHA-256 {found}, "
+            f"should be {right}); delete it, and the next run downloads it again"
+        )
+    return data
+
+
+def _download(source: Source, name: str, path: Path) -> bytes:
+    """Downloads one file and puts it in its place; nothing unverified is ever written."""
+    failures = []
+    for url in (mirror + name for mirror in source.mirrors):
+        log.info("%s: downloading %s to %s", source.title, url, path)
+        try:
+            data = _fetch(url)
+        except (OSError, http.client.HTTPException) as error:
+            failures.append(f"  {url}: {str(error) or type(error).__name__}")
+            continue
+        if hashlib.sha256(data).hexdigest() == source.sha256[name]:
+            _publish(source, path, data)
+            return data
+        failures.append(f"  {url}: sent {len(data)} bytes that are not this file (wrong SHA-256)")
+    command = shlex.join(["curl", "--location", "--create-dirs", "--output", str(path), source.mirrors[0] + name])
+    raise DatasetError(
+        f"{source.title}: there is no {path}, and it could not be downloaded:\n"
+        + "\n".join(failures)
+        + f"\nSet {VARIABLE} to the folder that holds {source.folder}/{name}, or get it where there is a network: "
+        + command
+    )
+
+
+def _fetch(url: str) -> bytes:
+    """What an address holds. torch.hub's download would do, but it waits for a silent server for ever."""
+    end = time.monotonic() + DEADLINE
+    data = bytearray()
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        while chunk := response.read1(2**16):
+            data += chunk
+            if time.monotonic() > end:
+                raise TimeoutError(f"not done after {DEADLINE:g} s")
+            if len(data) > MAX_BYTES:
+                raise OSError(f"sends more than {MAX_BYTES} bytes")
+    return bytes(data)
+
+
+def _publish(source: Source, path: Path, data: bytes) -> None:
+    """Writes a file so that others, and we after a crash, see the whole of it or nothing."""
+    # In the same folder, for a rename is atomic only within a file system; under its own name, for several processes
+    # may come together.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise DatasetError(
+            f"{source.title}: cannot write {path}: {error}; set {VARIABLE} to a folder that can be written to"
+        ) from error
