@@ -1,0 +1,66 @@
+import pytest
+from tests.training.support import make_config
+
+from archzoo.training.config import ConfigError, asdict_plain, identity, run_id, validate
+
+
+def test_a_sound_config_passes():
+    validate(make_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": {"lr": -1.0}}, "optimizer.lr=-1: must be a positive number"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr=nan"),
+        ({"optimizer": {"momentum": 1.0}}, "optimizer.momentum=1"),
+        ({"seed": -3}, "seed=-3"),
+        ({"trainer": {"steps": 0}}, "trainer.steps=0"),
+        ({"trainer": {"epochs": 3}}, "exactly one must be set, got trainer.steps=12, trainer.epochs=3"),
+        ({"trainer": {"steps": None}}, "exactly one must be set, got none of them"),
+        ({"trainer": {"batch_size": 0}}, "trainer.batch_size=0"),
+        ({"trainer": {"precision": "float31"}}, "did you mean 'float32'"),
+        ({"trainer": {"ema_decay": 1.5}}, "trainer.ema_decay=1.5"),
+        ({"trainer": {"device": "gpu"}}, "trainer.device=gpu"),
+        ({"scheduler": {"name": "cosin"}}, "did you mean 'cosine'"),
+        ({"scheduler": {"warmup": 5.0}}, "scheduler.warmup=5"),
+        ({"budget": {"match": "parms"}}, "did you mean 'params'"),
+        ({"budget": {"to": -5}}, "budget.to=-5"),
+        ({"tracker": {"wandb": "offlin"}}, "did you mean 'offline'"),
+        ({"layer": {}}, "layer.name: missing"),
+        ({"name": "a/b"}, "name='a/b'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_would_be_right(changes, words):
+    with pytest.raises(ConfigError, match=".") as error:
+        validate(make_config(**changes))
+    assert words in str(error.value)
+
+
+def test_all_wrong_values_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        validate(make_config(optimizer={"lr": 0.0}, trainer={"batch_size": -1}, budget={"match": "x"}))
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "other"}, {"output_dir": "elsewhere"}, {"data_dir": "x"}, {"tracker": {"tensorboard": True}}]
+    + [{"trainer": {key: 3}} for key in ("threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints")],
+)
+def test_a_runs_id_ignores_paths_logging_and_devices(changes):
+    assert run_id(asdict_plain(make_config(**changes))) == run_id(asdict_plain(make_config()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"layer": {"name": "kan"}}, {"optimizer": {"lr": 0.5}}, {"trainer": {"steps": 13}}]
+    + [{"trainer": {"deterministic": True}}, {"budget": {"match": "flops"}}, {"callbacks": {"grid_update": {}}}],
+)
+def test_a_runs_id_tells_different_results_apart(changes):
+    assert run_id(asdict_plain(make_config(**changes))) != run_id(asdict_plain(make_config()))
+
+
+def test_identity_keeps_what_counts():
+    kept = identity(asdict_plain(make_config()))
+    assert {"task", "model", "layer", "seed", "optimizer", "scheduler", "trainer", "budget", "callbacks"} == kept.keys()

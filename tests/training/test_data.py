@@ -1,0 +1,77 @@
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.training.support import Blobs
+
+from archzoo.training.data import BatchOrder, eval_batches, train_batches
+
+sizes = {"examples": st.integers(1, 50), "batch_size": st.integers(1, 20), "seed": st.integers(0, 2**40)}
+
+
+@given(**sizes, start=st.integers(0, 40))
+def test_the_order_can_be_entered_at_any_batch(examples, batch_size, seed, start):
+    whole = list(islice(BatchOrder(examples, batch_size, seed=seed), start + 5))
+    assert list(islice(BatchOrder(examples, batch_size, seed=seed, start=start), 5)) == whole[start:]
+
+
+@given(**sizes)
+def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(examples, batch_size, seed):
+    order = BatchOrder(examples, batch_size, seed=seed)
+    seen = [i for batch in islice(order, order.batches_per_epoch) for i in batch]
+    assert len(seen) == len(set(seen)) > examples - batch_size
+    assert set(seen) <= set(range(examples))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second = list(islice(BatchOrder(20, 20, seed=3), 2))
+    other = next(iter(BatchOrder(20, 20, seed=4)))
+    assert first != second != other != first
+
+
+@given(world_size=st.integers(1, 4), **sizes)
+def test_ranks_share_a_batch_without_overlap(world_size, examples, batch_size, seed):
+    whole = next(iter(BatchOrder(examples, batch_size, seed=seed)))
+    parts = [
+        next(iter(BatchOrder(examples, batch_size, seed=seed, rank=r, world_size=world_size))) for r in range(world_size)
+    ]
+    assert sorted(i for part in parts for i in part) == sorted(whole)
+
+
+def test_unshuffled_batches_come_in_order_and_stop_early_on_request():
+    order = BatchOrder(10, 3, seed=0, shuffle=False, batches_per_epoch=2)
+    assert list(islice(order, 4)) == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_processes_give_the_same_batches_and_leave_the_global_generator_alone(workers):
+    task = Blobs()
+    before = torch.get_rng_state()
+    inline = islice(train_batches(task, task.train, BatchOrder(96, 10, seed=1), workers=0), 12)
+    loaded = islice(train_batches(task, task.train, BatchOrder(96, 10, seed=1), workers=workers), 12)
+    for (x, y), (loaded_x, loaded_y) in zip(inline, loaded, strict=True):
+        assert torch.equal(x, loaded_x)
+        assert torch.equal(y, loaded_y)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_split_without_batch_reading_is_collated():
+    class OneByOne(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return torch.tensor([float(index)]), index
+
+    x, y = next(train_batches(Blobs(), OneByOne(), BatchOrder(5, 5, seed=0, shuffle=False), workers=0))
+    assert x.tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    assert y.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_evaluation_sees_every_example_once():
+    task = Blobs()
+    seen = torch.cat([y for _, y in eval_batches(task, task.val, 7, None)])
+    assert torch.equal(seen, task.val.targets)
+    assert sum(len(y) for _, y in eval_batches(task, task.val, 7, 2)) == 14
