@@ -40,18 +40,29 @@ def _layers(pattern: str | None) -> int:
 
 
 def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from archzoo.report import compare_reports, console_table, load_comparison, rank, write_report
-    from rich.console import Console
-
     if (args.folder is None) == (args.compare is None):
         parser.error("report takes one folder, or --compare and two")
+    from archzoo.report import compare_reports, write_report
+
     if args.compare:
         compare_reports(*args.compare)
         return 0
-    comparison = load_comparison(args.folder)
-    Console(width=None if sys.stdout.isatty() else 110).print(console_table(rank(comparison, args.baseline or "linear")))
+    print_table(args.folder, args.baseline)
     print(f"report: {write_report(args.folder, args.baseline)}")
     return 0
+
+
+def print_table(folder: Path, baseline: str | None) -> None:
+    """Prints the ranked table of a comparison."""
+    from rich.console import Console
+
+    from archzoo.report import console_table, load_comparison
+    from archzoo.report.ranking import default_baseline
+
+    comparison = load_comparison(folder)
+    # Where there is no terminal, rich would cut the table to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(console_table(comparison, baseline or default_baseline(comparison)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from archzoo.models.model import LayerFactory, register_model
 from archzoo.names import suggest
+from archzoo.registry import list_layers
 
 ACTIVATIONS = ("auto", "none", "relu", "gelu", "silu", "tanh", "aptx")
 
@@ -21,7 +22,7 @@ class MLP(nn.Module):
         width: Width of every hidden layer.
         depth: Number of hidden layers.
         widths: Width of each hidden layer, instead of `width` and `depth`.
-        head: `"linear"`: an `nn.Linear`, the same for every contestant. `"layer"`: the layer again.
+        head: Registry name of the last layer, the same for every contestant; `"layer"`: the contestant again.
         norm: `"layer"`: LayerNorm behind every hidden layer. `"none"`.
         activation: Name of the function behind the norm; `"auto"`: ReLU if the layer is linear by itself, else none.
         dropout: Probability that a hidden value is dropped in training.
@@ -41,7 +42,7 @@ class MLP(nn.Module):
         width: int = 64,
         depth: int = 2,
         widths: tuple[int, ...] | None = None,
-        head: Literal["linear", "layer"] = "linear",
+        head: str = "linear",
         norm: Literal["layer", "none"] = "layer",
         activation: str = "auto",
         dropout: float = 0.0,
@@ -54,8 +55,8 @@ class MLP(nn.Module):
             )
         if width < 1 or depth < 0:
             raise ValueError(f"width={width}, depth={depth}: width must be 1 or more, and depth 0 or more")
-        if head not in ("linear", "layer"):
-            raise ValueError(f"head={head!r}: must be 'linear' or 'layer'")
+        if head != "layer" and head not in list_layers("linear"):
+            raise ValueError(f"head={head!r}: must be 'layer' or a layer; {suggest(head, list_layers('linear'))}")
         if norm not in ("layer", "none"):
             raise ValueError(f"norm={norm!r}: must be 'layer' or 'none'")
         if not 0 <= dropout < 1:
@@ -72,7 +73,8 @@ class MLP(nn.Module):
                 self.hidden.append(function)
             if dropout:
                 self.hidden.append(nn.Dropout(dropout))
-        self.head = nn.Linear(sizes[-1], output_size) if head == "linear" else layer(sizes[-1], output_size)
+        last = layer if head == "layer" else LayerFactory(head)
+        self.head = last(sizes[-1], output_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, *input_shape) to (batch, output_size)."""

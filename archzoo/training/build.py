@@ -1,7 +1,7 @@
 """From a config to its parts: task, model at its budget, optimizer, schedule."""
 
-import copy
 import functools
+import inspect
 import json
 import os
 from pathlib import Path
@@ -78,7 +78,7 @@ def _settings(group: str, values: dict[str, Any]) -> str:
     return " ".join([f"{group}={values['name']}", *(f"{group}.{k}={v}" for k, v in values.items() if k != "name")])
 
 
-def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...] | None) -> int:
+def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...]) -> int:
     with torch.device("meta"):
         model = _build(config, layer, task, widths)
         if config.budget.match == "params":
@@ -95,7 +95,7 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
     budget, layer = config.budget, config.layer
     key = "parameters" if budget.match == "params" else "FLOPs an example"
     try:
-        own = _count(config, layer, task, None) if _allowed(config, layer, task) else None
+        own = _count(config, layer, task, _widths(config)) if _allowed(config, layer, task) else None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{_settings('layer', layer)}: {error}") from error
     if budget.match == "none":
@@ -107,10 +107,10 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
             raise ConfigError(f"budget.to={budget.to}: no such layer, {suggest(budget.to, list_layers())}")
         if budget.to == layer["name"]:
             if own is None:
-                raise ConfigError(f"model.width={config.model.get('width')}: layer {layer['name']} refuses this width")
+                raise ConfigError(f"model.width={_widths(config)[0]}: layer {layer['name']} refuses this width")
             return Match(_widths(config), own, own)
         try:
-            target = float(_count(config, {"name": budget.to}, task, None))
+            target = float(_count(config, {"name": budget.to}, task, _widths(config)))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"budget.to={budget.to}: {error}") from error
     else:
@@ -140,18 +140,19 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
 
 
 def _widths(config: TrainConfig) -> tuple[int, ...]:
-    return (int(config.model["width"]),) * int(config.model["depth"])
+    parameters = inspect.signature(models.get(config.model["name"])).parameters
+    width, depth = (int(config.model.get(key, parameters[key].default)) for key in ("width", "depth"))
+    return (width,) * depth
 
 
 def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
     """Whether the layer can be built at all, at the configured width or at a rounder one; raises its own error if not."""
     first: Exception | None = None
-    for width in (int(config.model["width"]), 240, 720720):
-        trial = copy.copy(config)
-        trial.model = {**config.model, "width": width}
+    own = _widths(config)
+    for widths in (own, (240,) * len(own), (720720,) * len(own)):
         try:
-            _count(trial, layer, task, None)
-            return width == int(config.model["width"])
+            _count(config, layer, task, widths)
+            return widths == own
         except (ValueError, TypeError) as error:
             first = first or error
             if config.budget.match == "none":
@@ -216,7 +217,7 @@ class Schedule:
             sched=name,
             num_epochs=resolution,
             decay_epochs=decay_every,
-            decay_milestones=[round(m * resolution) for m in config.milestones],
+            decay_milestones=[round(m * resolution) + 1 for m in config.milestones],  # timm decays one step early
             decay_rate=config.decay_rate,
             min_lr=config.min_lr,
             warmup_epochs=warmup,

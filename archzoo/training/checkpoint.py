@@ -159,19 +159,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return tensors, state
 
 
-def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Model and optimizer as one flat dictionary of tensors, and the numbers among the optimizer's settings."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+SEPARATOR = "::"  # between a parameter's name and an optimizer's name of its state; no module name holds it
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    tensors = {f"model.{k}": v for k, v in get_model_state_dict(model, options=options).items()}
+
+def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Model and optimizer as one flat dictionary of tensors, and what else the optimizer holds as plain JSON."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    own, optim = get_state_dict(model, optimizer, options=options)
+    tensors = {f"model.{name}": value for name, value in own.items()}
     numbers: dict[str, Any] = {}
-    for key, value in get_optimizer_state_dict(model, optimizer, options=options).items():
-        if isinstance(value, Tensor):
-            tensors[f"optim.{key}"] = value
-        else:
-            numbers[key] = value
-    return tensors, numbers
+    for parameter, state in optim["state"].items():
+        for key, value in state.items():
+            name = f"{parameter}{SEPARATOR}{key}"
+            if isinstance(value, Tensor):
+                tensors[f"optim.{name}"] = value
+            else:
+                numbers[name] = value
+    return tensors, {"state": numbers, "param_groups": optim["param_groups"]}
 
 
 def set_state(
@@ -182,21 +188,30 @@ def set_state(
     Raises:
         CheckpointError: If a tensor is missing, left over, or of another shape than the model's.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-    own = {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
-    optim = {k[len("optim.") :]: v for k, v in tensors.items() if k.startswith("optim.")} | _tuples(numbers)
+    own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    state: dict[str, dict[str, Any]] = {}
+    entries = {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
+    for name, value in {**entries, **numbers["state"]}.items():
+        parameter, _, key = name.rpartition(SEPARATOR)
+        state.setdefault(parameter, {})[key] = value
+    # JSON made lists of tuples, as of Adam's betas.
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in numbers["param_groups"]
+    ]
     try:
-        set_model_state_dict(model, own, options=options)
-        set_optimizer_state_dict(model, optimizer, optim, options=options)
-    except (RuntimeError, KeyError) as error:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=own,
+            optim_state_dict={"state": state, "param_groups": groups},
+            # In one process nothing is sharded, and torch's path for full states needs an optimizer that has any.
+            options=StateDictOptions(full_state_dict=torch.distributed.is_initialized()),
+        )
+    except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model or optimizer: {error}") from error
-
-
-def _tuples(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON made lists of tuples, as of Adam's betas."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
 
 
 def get_random_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ Nothing that is slow to import is imported before it is needed: `--help` and `--
 """
 
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from archzoo.training.config import (
     TrackerConfig,
     TrainConfig,
     TrainerConfig,
+    asdict_plain,
     run_id,
     validate,
 )
@@ -194,9 +196,8 @@ def _bad_override(error: Exception, overrides: list[str], folder: Path) -> str:
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
         line = next((o for o in overrides if o.startswith(f"{key}=")), key)
-        parent, _, last = key.rpartition(".")
-        names = _known_keys(parent, overrides, key, folder)
-        return f"{line}: there is no such key" + (f"; {suggest(last if names else key, names)}" if names else "")
+        wrong, names = _unknown_part(key, overrides, folder)
+        return f"{line}: there is no such key" + (f"; {suggest(wrong, names)}" if names else "")
     cause = error.__cause__
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -205,18 +206,22 @@ def _bad_override(error: Exception, overrides: list[str], folder: Path) -> str:
     return f"{line}: {first}" if line != first else first
 
 
-def _known_keys(parent: str, overrides: list[str], wrong: str, folder: Path) -> list[str]:
-    """Keys beside the wrong one, from the configuration composed without it."""
+def _unknown_part(key: str, overrides: list[str], folder: Path) -> tuple[str, list[str]]:
+    """The first part of a dotted key that the configuration does not have, and the keys that it has there."""
     from hydra import compose
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
     try:
-        config = compose("train", overrides=[o for o in overrides if not o.startswith(f"{wrong}=")])
+        node: Any = compose("train", overrides=[o for o in overrides if not o.startswith(f"{key}=")])
     except Exception:  # another override is wrong too; the suggestion is left out
-        return []
-    node = OmegaConf.select(config, parent) if parent else config
-    keys = [str(k) for k in node] if isinstance(node, DictConfig) else []
-    return keys if parent else sorted({*keys, *(p.name for p in folder.iterdir() if p.is_dir())})
+        return key, []
+    names = sorted({*map(str, node), *(p.name for p in folder.iterdir() if p.is_dir())})
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            return part, names
+        node = node[part]
+        names = list(map(str, node)) if isinstance(node, DictConfig) else []
+    return key, []
 
 
 def to_config(composed: "DictConfig") -> TrainConfig:
@@ -253,11 +258,12 @@ def _store_layers(overrides: "list[Override]", folder: Path) -> None:
         return
     from hydra.core.config_store import ConfigStore
 
-    from archzoo.registry import layer_options
+    from archzoo.registry import get_layer, layer_options
 
     for name in set(missing) & set(_registered_layers()):
+        bias = inspect.signature(get_layer(name).cls).parameters["bias"].default
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in layer_options(name).items()}
-        ConfigStore.instance().store(group="layer", name=name, node={"name": name, **options})
+        ConfigStore.instance().store(group="layer", name=name, node={"name": name, "bias": bias, **options})
 
 
 def _registered_layers() -> list[str]:
@@ -283,7 +289,7 @@ def check(plan: Plan) -> None:
             validate(config)
         except ConfigError as error:
             errors += [line for line in str(error).splitlines() if line not in errors]
-        key = json.dumps({k: v for k, v in _plain(config).items() if k != "seed"}, sort_keys=True)
+        key = json.dumps({k: v for k, v in asdict_plain(config).items() if k != "seed"}, sort_keys=True)
         if key not in seen:
             seen.add(key)
             distinct.append(config)
@@ -311,12 +317,6 @@ def check(plan: Plan) -> None:
             errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def _check_optimizer(config: TrainConfig) -> None:
@@ -388,7 +388,7 @@ def run_job(composed: "DictConfig") -> dict[str, Any]:
         number = int(HydraConfig.get().job.get("num", 0)) + 1
         progress = SweepProgress(int(os.environ.get(RUNS, number)), bars=False, number=number)
     if should_stop():
-        return {"run_id": run_id(_plain(config)), "name": run_name(config), "status": "interrupted"}
+        return {"run_id": run_id(asdict_plain(config)), "name": run_name(config), "status": "interrupted"}
     return execute(config, progress=progress, should_stop=should_stop)
 
 
@@ -428,11 +428,11 @@ def _report(plan: Plan, began: float) -> int:
     from archzoo.training.run import read_record
 
     root = Path(plan.configs[0].output_dir)
-    folders = [root / run_id(_plain(config)) for config in plan.configs]
+    folders = [root / run_id(asdict_plain(config)) for config in plan.configs]
     records = [read_record(folder) for folder in folders]
     statuses = [record["status"] if record else "missing" for record in records]
     if plan.multirun:
-        _print_comparison(root, plan)
+        _print_comparison(root)
     _print_places(root, folders, plan, statuses, time.monotonic() - began)
     if _stop_signal:
         return 128 + _stop_signal[0]
@@ -441,16 +441,12 @@ def _report(plan: Plan, began: float) -> int:
     return EXIT_DIVERGED if "diverged" in statuses else 0
 
 
-def _print_comparison(root: Path, plan: Plan) -> None:
-    from rich.console import Console
+def _print_comparison(root: Path) -> None:
+    from archzoo.__main__ import print_table
+    from archzoo.report import write_report
 
-    from archzoo.report import console_table, load_comparison, rank, write_report
-
-    baseline = plan.configs[0].budget.to
-    comparison = load_comparison(root)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print()
-    console.print(console_table(rank(comparison, baseline if isinstance(baseline, str) else "linear")))
+    print()
+    print_table(root, None)
     write_report(root)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from archzoo.names import suggest
@@ -123,6 +123,11 @@ NOT_IDENTITY = {
     "": ("name", "output_dir", "data_dir", "tracker", "sweep"),
     "trainer": ("device", "threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "profile"),
 }
+
+
+def asdict_plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain dictionaries, as it is recorded."""
+    return asdict(config)
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

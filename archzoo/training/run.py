@@ -20,7 +20,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from archzoo.training.checkpoint import (
     save_checkpoint,
     sweep_partial,
 )
-from archzoo.training.config import ConfigError, TrainConfig, run_id
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, run_id
 from archzoo.training.loop import Diverged, Interrupted, Trainer
 from archzoo.training.progress import Progress
 from archzoo.training.trackers import Trackers
@@ -65,7 +64,7 @@ class RunFolder:
     """
 
     def __init__(self, root: Path, config: TrainConfig):
-        self.config = asdict(config)
+        self.config = asdict_plain(config)
         self.id = run_id(self.config)
         self.path = root / self.id
         self.checkpoints = self.path / "checkpoints"
