@@ -24,8 +24,8 @@ Item = TypeVar("Item", bound=Callable[..., Any])
 
 
 def import_all(package: str) -> None:
-    """Imports every module of a package, so that what they register is known: nobody keeps a list."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+    """Imports every module of a package, or one module, so that what is registered there is known: nobody keeps a list."""
+    for module in pkgutil.iter_modules(getattr(importlib.import_module(package), "__path__", ()), f"{package}."):
         importlib.import_module(module.name)
 
 
@@ -45,7 +45,7 @@ class Registry(Generic[Item]):
 
     Args:
         what: What the names name, for messages, as `"task"`.
-        package: The package whose modules register them.
+        package: The package whose modules register them, or the one module that does.
     """
 
     def __init__(self, what: str, package: str):

@@ -1,5 +1,6 @@
 """Which implementation an op uses: plain torch, or Triton."""
 
+import importlib.util
 import os
 from types import TracebackType
 from typing import Literal
@@ -12,6 +13,16 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _chosen: list[str | None] = [None]
 
 
+def _triton_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None  # without importing it, which takes long
+    except (ImportError, ValueError):
+        return False
+
+
+HAS_TRITON = _triton_is_installed()
+
+
 class use_backend:  # noqa: N801 - reads as a verb; a class over a module global, which dynamo can trace
     """Context manager that makes every op use `"torch"` or `"triton"`.
 
@@ -22,12 +33,15 @@ class use_backend:  # noqa: N801 - reads as a verb; a class over a module global
 
     Raises:
         ValueError: If `name` is neither.
-        RuntimeError: If `name` is `"triton"` and there is neither a CUDA device nor `TRITON_INTERPRET=1`.
+        RuntimeError: If `name` is `"triton"` and Triton is not installed, or there is neither a CUDA device nor
+            `TRITON_INTERPRET=1`.
     """
 
     def __init__(self, name: Literal["torch", "triton"]):
         if name not in ("torch", "triton"):
             raise ValueError(f"use_backend: name must be 'torch' or 'triton', got {name!r}")
+        if name == "triton" and not HAS_TRITON:
+            raise RuntimeError("use_backend('triton'): triton is not installed; use 'torch'")
         if name == "triton" and not (INTERPRET or torch.cuda.is_available()):
             raise RuntimeError(
                 "use_backend('triton') needs a CUDA device, or TRITON_INTERPRET=1 set before archzoo is imported"
@@ -47,4 +61,4 @@ class use_backend:  # noqa: N801 - reads as a verb; a class over a module global
 
 def wants_triton(x: Tensor) -> bool:
     """Whether an op on x should use its Triton kernel."""
-    return x.is_cuda if _chosen[0] is None else _chosen[0] == "triton"
+    return (HAS_TRITON and x.is_cuda) if _chosen[0] is None else _chosen[0] == "triton"

@@ -4,8 +4,8 @@ Every public class of every file here can be imported from `archzoo.layers` and 
 not listed: a new layer is a new file.
 """
 
-import importlib
 import pkgutil
+import sys
 from typing import Any
 
 _exports: dict[str, Any] = {}
@@ -14,19 +14,28 @@ _exports: dict[str, Any] = {}
 def _collect() -> dict[str, Any]:
     """Public classes and functions that the layer files define, or list in their `__all__`."""
     if not _exports:
+        from archzoo.registry import import_layers
+
+        import_layers()
+        exports = {}
         for found in pkgutil.iter_modules(__path__, "archzoo.layers."):
-            module = importlib.import_module(found.name)
+            module = sys.modules[found.name]
             names = getattr(module, "__all__", None) or [
                 name
                 for name, value in vars(module).items()
                 if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
             ]
-            _exports.update({name: getattr(module, name) for name in names})
+            exports.update({name: getattr(module, name) for name in names})
+        _exports.update(exports)
     return _exports
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_") and name in _collect():
+    try:
+        known = not name.startswith("_") and name in _collect()
+    except AttributeError as error:  # in a layer file; let through, it would read as "no such name" to its caller
+        raise ImportError(f"archzoo.layers cannot be imported: {error}") from error
+    if known:
         return _exports[name]
     raise AttributeError(f"module 'archzoo.layers' has no attribute {name!r}")
 
