@@ -1,5 +1,6 @@
 """Count what a model costs, and choose widths so that two models cost the same."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,53 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
 
 # FlopCounterMode counts matrix products and convolutions only. These element-wise operations count one FLOP an output
 # element, as in the formulas of our own ops (kernels/), so that no contestant's work is left out.
-_POINTWISE = (
-    "add mul sub div neg pow exp log sin cos tanh sigmoid silu gelu relu leaky_relu hardtanh elu softplus abs clamp "
-    "clamp_min clamp_max maximum minimum sqrt rsqrt reciprocal where silu_backward gelu_backward threshold_backward "
-    "tanh_backward sigmoid_backward add_ mul_ sub_ div_ addcmul addcdiv lerp square erf sign sgn"
-).split()
+_POINTWISE = [
+    "add",
+    "mul",
+    "sub",
+    "div",
+    "neg",
+    "pow",
+    "exp",
+    "log",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "relu",
+    "leaky_relu",
+    "hardtanh",
+    "elu",
+    "softplus",
+    "abs",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "maximum",
+    "minimum",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "where",
+    "silu_backward",
+    "gelu_backward",
+    "threshold_backward",
+    "tanh_backward",
+    "sigmoid_backward",
+    "add_",
+    "mul_",
+    "sub_",
+    "div_",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "square",
+    "erf",
+    "sign",
+    "sgn",
+]
 # Statistics, normalisation, scale and shift, or the exponentials and their sum.
 _PER_ELEMENT = {"native_layer_norm": 8, "native_layer_norm_backward": 12, "_softmax": 4, "_log_softmax": 4}
 
@@ -134,11 +177,15 @@ class Match:
         return (self.count - self.target) / self.target
 
 
+def _widths(depth: int, first: int | None, width: int) -> tuple[int, ...]:
+    return (width if first is None else first, *(width,) * (depth - 1))
+
+
 def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, target: float, tolerance: float) -> Match:
     """Widths of `depth` hidden layers whose count comes nearest to the target.
 
-    All widths are equal if that comes within the tolerance; else neighbouring layers may differ, as little as needed:
-    where a layer has many parameters an edge, one more unit everywhere is too coarse a step.
+    All widths are equal if that comes within the tolerance. Where a layer has so many parameters an edge that one more
+    unit everywhere is too coarse a step, the first width differs from the others, by as small a factor as it can.
 
     Args:
         count: Count of a model with these widths, growing with each; None where a width is not allowed.
@@ -168,25 +215,30 @@ def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, tar
     if target < smallest * (1 - tolerance):
         raise ValueError(f"the smallest reachable count is {smallest:,} (width {allowed})")
 
-    # Double until beyond the target, then halve the gap; widths are allowed + k * step.
-    low, high = 0, 1
-    while (reached := uniform(allowed + high * step)) is not None and reached < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        reached = uniform(allowed + middle * step)
-        low, high = (middle, high) if reached is not None and reached <= target else (low, middle)
+    def bisect(widths_of: Callable[[int], tuple[int, ...]]) -> list[Match]:
+        """The last width not above the target and the first one above it, of a family that grows with k."""
 
-    def candidates(spread: int) -> Iterator[Match]:
-        around = [allowed + k * step for k in range(max(0, low - spread), high + spread + 1)]
-        for widths in itertools.product(around, repeat=depth):
-            if max(widths) - min(widths) <= spread * step and (reached := counted(widths)) is not None:
-                yield Match(widths, reached, target)
+        def reached(k: int) -> int | None:
+            return counted(widths_of(allowed + k * step))
 
-    best = min(candidates(0), key=lambda m: abs(m.deviation))
-    # At most 5^depth further counts; beyond 4 layers equal widths are fine enough.
-    for spread in range(1, 1 + (4 if depth <= 2 else 2 if depth <= 4 else 0)):
-        if abs(best.deviation) <= tolerance:
-            break
-        best = min((best, *candidates(spread)), key=lambda m: abs(m.deviation))
-    return best
+        low, high = 0, 1
+        while (at_high := reached(high)) is not None and at_high <= target:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            at_middle = reached(middle)
+            low, high = (middle, high) if at_middle is not None and at_middle <= target else (low, middle)
+        found = ((widths_of(allowed + k * step), reached(k)) for k in (low, high))
+        return [Match(widths, at, target) for widths, at in found if at is not None]
+
+    best = min(bisect(functools.partial(_widths, depth, None)), key=lambda m: abs(m.deviation))
+    if depth == 1 or abs(best.deviation) <= tolerance:
+        return best
+    near = range(-8, 9)
+    others = [best]
+    for first in (best.widths[0] + k * step for k in near if best.widths[0] + k * step >= allowed):
+        others += bisect(functools.partial(_widths, depth, first))
+    within = [m for m in others if abs(m.deviation) <= tolerance]
+    if within:
+        return min(within, key=lambda m: (max(m.widths) / min(m.widths), abs(m.deviation)))
+    return min(others, key=lambda m: abs(m.deviation))

@@ -1,13 +1,15 @@
 """Every config composes and trains a step."""
 
+import inspect
+import os
 from pathlib import Path
 
 import pytest
 import yaml
-from tests.helpers import REPOSITORY
 
 from archzoo.registry import get_layer, layer_options, list_layers
 from archzoo.training import cli
+from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 STEP = ["trainer.steps=1", "trainer.epochs=null", "trainer.seconds=null", "tracker=none", "trainer.limit_batches=1"]
@@ -19,8 +21,6 @@ def options(group):
 
 
 def skip_without_data(name):
-    import os
-
     if name in NEEDS_DATA and not os.environ.get("ARCHZOO_DATA"):
         pytest.skip(f"{name} needs ARCHZOO_DATA, the folder of the data sets")
 
@@ -38,7 +38,7 @@ def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
 def test_every_layer_has_a_config_with_all_its_options(name):
     settings = yaml.safe_load((CONFIGS / "layer" / f"{name}.yaml").read_text())
     assert settings.pop("name") == name
-    assert settings.pop("bias") is (name not in ("nau", "nmu", "nac", "nalu")) or get_layer(name).cls.__module__
+    assert settings.pop("bias") is inspect.signature(get_layer(name).cls).parameters["bias"].default
     expected = {k: list(v) if isinstance(v, tuple) else v for k, v in layer_options(name).items()}
     assert settings == expected
 

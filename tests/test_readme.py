@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.helpers import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

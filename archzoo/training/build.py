@@ -173,15 +173,16 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     Raises:
         ConfigError: If there is no such optimizer, or it does not take an option.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    import timm.optim
 
     from archzoo.names import suggest
 
-    if config.name not in list_optimizers():
-        raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, list_optimizers())}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
+    names = [str(name) for name in timm.optim.list_optimizers()]  # type: ignore[attr-defined]
+    if config.name not in names:
+        raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, names)}")
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
-        return create_optimizer_v2(
+        return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
             model,
             opt=config.name,
             lr=config.lr,
@@ -203,7 +204,7 @@ class Schedule:
     """
 
     def __init__(self, config: SchedulerConfig, optimizer: torch.optim.Optimizer, resolution: int):
-        from timm.scheduler import create_scheduler_v2
+        import timm.scheduler
 
         self.resolution = resolution
         warmup = round(config.warmup * resolution)
@@ -212,7 +213,7 @@ class Schedule:
             name, decay_every = "step", 2 * resolution
         else:
             name, decay_every = config.name, max(1, round(config.decay_every * resolution))
-        self.scheduler, _ = create_scheduler_v2(
+        self.scheduler, _ = timm.scheduler.create_scheduler_v2(  # type: ignore[attr-defined]
             optimizer,
             sched=name,
             num_epochs=resolution,

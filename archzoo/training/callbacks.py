@@ -1,6 +1,6 @@
 """What happens during training besides training: one small interface, and the callbacks that layers need.
 
-A callback is chosen by name in the config, `callbacks: {sparsity_schedule: {weight: 10, start: 0.2, end: 0.4}}`. An
+A callback is chosen by name in the config, `callbacks: {sparsity_schedule: {weight: 10, start: 1000, end: 2000}}`. An
 experiment's own goes through `register_callback`.
 """
 
@@ -46,7 +46,7 @@ class Callback:
         """The inverse of `state_dict`."""
 
 
-callbacks: Registry[type[Callback]] = Registry("callback", "archzoo.training")
+callbacks: Registry[type[Callback]] = Registry("callback", "archzoo.training.callbacks")
 register_callback = callbacks.register
 
 
@@ -81,19 +81,18 @@ class SparsityScheduleCallback(Callback):
 
     Args:
         weight: Final `sparsity_weight` of every submodule that has one.
-        start: Fraction of the budget up to which it is 0.
-        end: Fraction of the budget from which it is `weight`.
+        start: Optimizer step up to which it is 0.
+        end: Optimizer step from which it is `weight`.
     """
 
-    def __init__(self, weight: float = 10.0, start: float = 0.2, end: float = 0.4):
+    def __init__(self, weight: float, start: int, end: int):
         from archzoo.layers.arithmetic import SparsitySchedule
 
-        _check_ramp(start, end)
         self.schedule = SparsitySchedule(weight, start, end)
 
     def before_step(self, trainer: "Trainer") -> None:
         """Sets the weight of this step."""
-        self.schedule.apply_(trainer.model, trainer.spent())
+        self.schedule.apply_(trainer.model, trainer.step)
 
 
 @register_callback("grid_update")

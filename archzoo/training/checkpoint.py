@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -167,8 +167,8 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    own, optim = get_state_dict(model, optimizer, options=options)
-    tensors = {f"model.{name}": value for name, value in own.items()}
+    own, optim = cast(Any, get_state_dict(model, optimizer, options=options))
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in own.items()}
     numbers: dict[str, Any] = {}
     for parameter, state in optim["state"].items():
         for key, value in state.items():
@@ -205,8 +205,8 @@ def set_state(
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=own,
-            optim_state_dict={"state": state, "param_groups": groups},
+            model_state_dict=cast(Any, own),
+            optim_state_dict=cast(Any, {"state": state, "param_groups": groups}),
             # In one process nothing is sharded, and torch's path for full states needs an optimizer that has any.
             options=StateDictOptions(full_state_dict=torch.distributed.is_initialized()),
         )
@@ -236,6 +236,4 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(
-            [torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8) for s in state["cuda"]]
-        )
+        torch.cuda.set_rng_state_all([torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8) for s in state["cuda"]])

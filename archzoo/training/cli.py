@@ -66,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         argv = _import_modules(argv)
-        if argv[:1] == ["--info"] and argv[1:2] == ["layers"] or argv == ["--info=layers"]:
+        if (argv[:1] == ["--info"] and argv[1:2] == ["layers"]) or argv == ["--info=layers"]:
             return _print_layers()
         _store_schema()
         plan = make_plan(argv)
         if plan is None:  # --help, --cfg and the like
             _hydra_main(argv)
             return 0
+        if len(plan.configs) > 1:
+            print(f"checking {len(plan.configs)} runs, to be in {plan.configs[0].output_dir}", file=sys.stderr)
         check(plan)
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -129,7 +131,7 @@ def make_plan(argv: list[str]) -> Plan | None:
         overrides += parser.parse_overrides([f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"])
     folder = config_folder()
     with initialize_config_dir(str(folder), version_base="1.3", job_name="train"):
-        fixed = [o.input_line for o in overrides if not o.is_sweep_override()]
+        fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         _store_layers(overrides, folder)
         base = _compose(args.config_name or "train", fixed, folder)
         if args.cfg:
@@ -139,7 +141,7 @@ def make_plan(argv: list[str]) -> Plan | None:
         _store_layers(swept, folder)
         sweeps = [o for o in swept if o.is_sweep_override()]
         multirun = bool(args.multirun or sweeps or str(base.hydra.mode) == "RunMode.MULTIRUN")
-        jobs = BasicSweeper.split_arguments(swept, None)[0] if multirun else [fixed]
+        jobs: list[list[str]] = BasicSweeper.split_arguments(swept, None)[0] if multirun else [fixed]
         configs = _compose_jobs(args.config_name or "train", jobs, folder)
     if sweeps and not args.multirun:
         argv = ["--multirun", *argv]
@@ -230,7 +232,7 @@ def to_config(composed: "DictConfig") -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        plain = {
+        plain: dict[str, Any] = {
             f.name: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
             for f in fields(TrainConfig)
             for node in [composed[f.name]]
@@ -383,9 +385,9 @@ def run_job(composed: "DictConfig") -> dict[str, Any]:
     else:
         from hydra.core.hydra_config import HydraConfig
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _on_signal)
-        number = int(HydraConfig.get().job.get("num", 0)) + 1
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, _on_signal)
+        number = int(getattr(HydraConfig.get().job, "num", 0)) + 1
         progress = SweepProgress(int(os.environ.get(RUNS, number)), bars=False, number=number)
     if should_stop():
         return {"run_id": run_id(asdict_plain(config)), "name": run_name(config), "status": "interrupted"}

@@ -180,7 +180,11 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     yield from choice("scheduler.name", s.name, SCHEDULERS)
     yield from number("scheduler.min_lr", s.min_lr, 0, "0 or more, as scheduler.min_lr=1e-5")
     yield from number("scheduler.decay_rate", s.decay_rate, 0, "positive, as scheduler.decay_rate=0.1", strict=True)
-    for key, value in (("warmup", s.warmup), ("decay_every", s.decay_every), *(("milestones", m) for m in s.milestones)):
+    for key, value in (
+        ("warmup", s.warmup),
+        ("decay_every", s.decay_every),
+        *(("milestones", m) for m in s.milestones),
+    ):
         if not 0 <= value <= 1 or (key == "decay_every" and value == 0):
             yield f"scheduler.{key}={value:g}: must be a fraction of the budget between 0 and 1, as scheduler.{key}=0.1"
 

@@ -86,14 +86,17 @@ class Trainer:
         self.metrics = task.metrics().to(self.device)
         self.ema = None
         if t.ema_decay is not None:
-            from timm.utils import ModelEmaV3
+            import timm.utils
 
-            self.ema = ModelEmaV3(self.model, decay=t.ema_decay)
+            self.ema = timm.utils.ModelEmaV3(self.model, decay=t.ema_decay)  # type: ignore[attr-defined]
 
         examples = len(task.train)  # type: ignore[arg-type]  # every split has a length
-        order = {"seed": config.seed, "shuffle": not (task.stream or t.overfit_batches)}
         self.order = BatchOrder(
-            examples, t.batch_size, batches_per_epoch=t.overfit_batches or t.limit_batches, **order
+            examples,
+            t.batch_size,
+            seed=config.seed,
+            shuffle=not (task.stream or t.overfit_batches),
+            batches_per_epoch=t.overfit_batches or t.limit_batches,
         )
         self.steps_per_epoch = self.order.batches_per_epoch / t.accumulate
         self.total_steps = total_steps(config, task, self.steps_per_epoch)
@@ -165,7 +168,7 @@ class Trainer:
             if evaluate:
                 self._evaluate()
             stop = self.should_stop()
-            if stop or self.step % self.checkpoint_every == 0 or evaluate and self._done():
+            if stop or self.step % self.checkpoint_every == 0 or (evaluate and self._done()):
                 self.save(self)
             if stop and not self._done():
                 raise Interrupted
@@ -187,10 +190,8 @@ class Trainer:
             if accumulate > 1:
                 loss = loss / accumulate
             if self.device.type == "cpu":  # on a GPU, reading the loss would wait for it: there it is read when logged
-                self._check_finite(value := loss.item())
-            else:
-                value = loss.detach()
-            total += value
+                self._check_finite(loss.item())
+            total = total + loss.detach()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if clip is not None:
             if self.scaler is not None:

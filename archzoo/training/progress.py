@@ -126,5 +126,3 @@ class SweepProgress(Progress):
             return "?"
         seconds = (now - self.began) / runs * (self.total - self.number + 1 - spent)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-

@@ -192,7 +192,10 @@ def _execute(
             with _metrics_writer(folder, trackers) as write:
                 trainer.record = write
                 trainer.save = lambda t: _save(t, folder, config.trainer.keep_checkpoints)
-                with _profiler(config, folder, trainer), torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly):
+                with (
+                    _profiler(config, folder, trainer),
+                    torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly),
+                ):
                     trainer.fit()
             _finish(trainer, folder, record)
     except Interrupted:
@@ -310,7 +313,10 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
     times = sorted(trainer.step_times)
     if times:
         examples = trainer.config.trainer.batch_size * trainer.config.trainer.accumulate
-        record["timing"] |= {"step_time_p50_s": statistics.median(times), "samples_per_s": examples * len(times) / sum(times)}
+        record["timing"] |= {
+            "step_time_p50_s": statistics.median(times),
+            "samples_per_s": examples * len(times) / sum(times),
+        }
     record["timing"]["wall_s"] = trainer.elapsed()
     record["memory"]["peak_rss_bytes"] = _peak_rss()
     if trainer.device.type == "cuda":
@@ -472,10 +478,12 @@ def _profiler(config: TrainConfig, folder: RunFolder, trainer: Trainer) -> Itera
 
     def done(profiler: profile) -> None:
         profiler.export_chrome_trace(str(trace))
-        log.info("profile, by CPU time:\n%s", profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+        log.info(
+            "profile, by CPU time:\n%s", profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+        )
         print(f"wrote {trace}; open it at chrome://tracing or ui.perfetto.dev", file=sys.stderr)
 
-    steps = schedule(wait=10, warmup=0, active=20, repeat=1)
+    steps = schedule(wait=9, warmup=1, active=20, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=done) as profiler:
 
         def step(*args: Any) -> None:

@@ -40,7 +40,9 @@ def make_config(output_dir: Path | str = "unused", **changes: Any) -> TrainConfi
     parts: dict[str, Any] = {
         "optimizer": OptimizerConfig(**{"lr": 1e-2, **changes.pop("optimizer", {})}),
         "scheduler": SchedulerConfig(**changes.pop("scheduler", {})),
-        "trainer": TrainerConfig(**{"steps": 12, "batch_size": 16, "log_every": 1, "eval_every": 4, **changes.pop("trainer", {})}),
+        "trainer": TrainerConfig(
+            **{"steps": 12, "batch_size": 16, "log_every": 1, "eval_every": 4, **changes.pop("trainer", {})}
+        ),
         "budget": BudgetConfig(**{"match": "none", **changes.pop("budget", {})}),
         "tracker": TrackerConfig(**{"wandb": "disabled", **changes.pop("tracker", {})}),
     }

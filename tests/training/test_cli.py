@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.helpers import REPOSITORY
-from tests.training.support import lines_without_time
 
 from archzoo.training import cli
+from tests.helpers import REPOSITORY
+from tests.training.support import lines_without_time
 
 FAST = ["trainer.steps=4", "trainer.epochs=null", "trainer.log_every=2", "trainer.eval_every=2", "tracker=none"]
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
@@ -50,7 +50,10 @@ def records(folder):
         ("model.activation=rellu", "activation='rellu': did you mean 'relu'"),
         ("data_dir=/no/such/folder", "data_dir=/no/such/folder: there is no such folder"),
         ("output_dir=/dev/null/x", "output_dir=/dev/null/x: cannot be written (Not a directory)"),
-        ("+callbacks.grid_updat={every: 3}", "callbacks.grid_updat={'every': 3}: callback 'grid_updat' is not registered"),
+        (
+            "+callbacks.grid_updat={every: 3}",
+            "callbacks.grid_updat={'every': 3}: callback 'grid_updat' is not registered",
+        ),
         ("+callbacks.grid_update={evry: 3}", "has no argument evry=3; did you mean 'every'"),
         ("seed=one", "seed=one: "),
         ("steps", "steps: not a setting; write KEY=VALUE"),
@@ -150,7 +153,9 @@ def test_a_failing_run_is_told_by_the_exit_code_and_the_table(tmp_path, capsys, 
     train("seed=0,1,2", f"output_dir={tmp_path}", *FAST, expect=1)
     captured = capsys.readouterr()
     assert {r["name"]: r["status"] for r in records(tmp_path).values()} == {
-        **{"linear-seed0": "done", "linear-seed1": "failed", "linear-seed2": "done"}
+        "linear-seed0": "done",
+        "linear-seed1": "failed",
+        "linear-seed2": "done",
     }
     assert "deliberately broken" in captured.err
     assert "sweep.retry_failed=true" in captured.out

@@ -1,7 +1,7 @@
 import pytest
-from tests.training.support import make_config
 
 from archzoo.training.config import ConfigError, asdict_plain, identity, run_id, validate
+from tests.training.support import make_config
 
 
 def test_a_sound_config_passes():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.training.support import Blobs
 
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
+from tests.training.support import Blobs
 
 sizes = {"examples": st.integers(1, 50), "batch_size": st.integers(1, 20), "seed": st.integers(0, 2**40)}
 
@@ -35,7 +35,8 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_ranks_share_a_batch_without_overlap(world_size, examples, batch_size, seed):
     whole = next(iter(BatchOrder(examples, batch_size, seed=seed)))
     parts = [
-        next(iter(BatchOrder(examples, batch_size, seed=seed, rank=r, world_size=world_size))) for r in range(world_size)
+        next(iter(BatchOrder(examples, batch_size, seed=seed, rank=r, world_size=world_size)))
+        for r in range(world_size)
     ]
     assert sorted(i for part in parts for i in part) == sorted(whole)
 

@@ -1,5 +1,6 @@
 """kill -9 of a sweep at any moment, then the same command: as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.training.support import lines_without_time
 from tests.training.test_cli import TRAIN, records
 
@@ -42,7 +44,9 @@ def test_a_sweep_that_is_killed_at_five_random_moments_ends_with_the_same_bits(t
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-        done = [p for p in (tmp_path / "out").glob("*/model.safetensors") if "done" in (p.parent / "run.json").read_text()]
+        done = [
+            p for p in (tmp_path / "out").glob("*/model.safetensors") if "done" in (p.parent / "run.json").read_text()
+        ]
         first_run = first_run or (done and (done[0], done[0].stat().st_mtime_ns))
     assert kills >= 3, "the sweep ended before it could be killed often enough"
     finished = subprocess.run([*COMMAND, f"output_dir={tmp_path}/out"], capture_output=True, text=True, timeout=120)
@@ -52,20 +56,16 @@ def test_a_sweep_that_is_killed_at_five_random_moments_ends_with_the_same_bits(t
         assert path.stat().st_mtime_ns == written, "a finished run was trained again"
         assert "not trained again" in finished.stderr
     assert all(r["status"] == "done" for r in records(tmp_path / "out").values())
-    for whole in undisturbed.glob("*/"):
+    whole_runs = [path.parent for path in undisturbed.glob("*/run.json")]
+    assert len(whole_runs) == 4
+    for whole in whole_runs:
         killed = tmp_path / "out" / whole.name
         assert lines_without_time(killed / "metrics.jsonl") == lines_without_time(whole / "metrics.jsonl")
         ours, theirs = load_file(killed / "model.safetensors"), load_file(whole / "model.safetensors")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        a, b = (records(folder)[name] for folder in (tmp_path / "out", undisturbed) for name in [name_of(whole)])
+        a, b = (json.loads((folder / "run.json").read_text()) for folder in (killed, whole))
         assert (a["score"], a["summary"]) == (b["score"], b["summary"])
     assert not list((tmp_path / "out").rglob("*.tmp-*")), "what a killed writer left is swept"
-
-
-def name_of(folder):
-    import json
-
-    return json.loads((folder / "run.json").read_text())["name"]
 
 
 def count_lines(folder):

@@ -3,13 +3,13 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.training.support import Blobs, make_config
 from torch import nn
 
 from archzoo.training.callbacks import Callback
 from archzoo.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from archzoo.training.config import ConfigError
 from archzoo.training.loop import Diverged, Interrupted, Trainer
+from tests.training.support import Blobs, make_config
 
 
 def small_model(dropout=0.0):
@@ -62,7 +62,9 @@ def test_the_first_steps_are_those_of_a_plain_loop():
 
 def test_accumulated_batches_are_one_big_batch():
     big = make_config(trainer={"batch_size": 32, "steps": 3}, optimizer={"name": "momentum", "lr": 0.1})
-    halves = make_config(trainer={"batch_size": 16, "steps": 3, "accumulate": 2}, optimizer={"name": "momentum", "lr": 0.1})
+    halves = make_config(
+        trainer={"batch_size": 16, "steps": 3, "accumulate": 2}, optimizer={"name": "momentum", "lr": 0.1}
+    )
     a, b = train(big).model, train(halves).model
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -296,7 +298,9 @@ def test_a_checkpoint_of_another_setting_is_refused(tmp_path):
     first = Trainer(make_config(), Blobs(), small_model())
     tensors, state = first.state()
     with pytest.raises(CheckpointError, match="moving average"):
-        Trainer(make_config(trainer={"ema_decay": 0.9}), Blobs(), small_model()).load_state(tensors, state | {"step": 0})
+        Trainer(make_config(trainer={"ema_decay": 0.9}), Blobs(), small_model()).load_state(
+            tensors, state | {"step": 0}
+        )
     with pytest.raises(CheckpointError, match="callbacks"):
         Trainer(make_config(), Blobs(), small_model(), [Callback()]).load_state(tensors, state | {"step": 0})
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.support import lines_without_time, make_config
 
 from archzoo.training import run as run_module
 from archzoo.training.build import build_model, build_task
@@ -16,6 +15,7 @@ from archzoo.training.config import asdict_plain, run_id
 from archzoo.training.loop import Trainer
 from archzoo.training.run import RunFolder, execute, read_record
 from archzoo.training.trackers import flat_summary
+from tests.training.support import lines_without_time, make_config
 
 
 def folder_of(config):
@@ -83,7 +83,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path):
     log = (folder_of(parts) / "log.txt").read_text()
     assert "this checkpoint is not used" in log
     assert "resumed from step_00000008" in log
-    assert lines_without_time(folder_of(parts) / "metrics.jsonl") == lines_without_time(folder_of(whole) / "metrics.jsonl")
+    assert lines_without_time(folder_of(parts) / "metrics.jsonl") == lines_without_time(
+        folder_of(whole) / "metrics.jsonl"
+    )
 
 
 def test_a_run_that_diverges_says_where(tmp_path):
