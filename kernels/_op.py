@@ -1,0 +1,100 @@
+"""What ops written as `torch.library.custom_op` have in common: dtypes, autocast, higher derivatives, FLOP formulas."""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The widest dtype among the tensors, float32 at least: that of an op's arithmetic and of its sums."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives an input of a GEMM-like op: float64 is left alone, as `nn.Linear` leaves it."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def without_autocast(implementation: Function) -> Function:
+    """Decorator of an op's implementation: inside, dtypes are the op's own choice, also in a region under autocast."""
+
+    @functools.wraps(implementation)
+    def run(x: Tensor, *args: Any) -> Any:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return implementation(x, *args)
+        return implementation(x, *args)
+
+    return run  # type: ignore[return-value]
+
+
+def under_transform() -> bool:
+    """Whether a `torch.func` transform is at work, which custom ops do not support and plain torch does."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiable_gradients(
+    definition: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the inputs that can be differentiated again, through the definition: for `create_graph=True`."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(definition(*inputs), wanted, dy, create_graph=True))
+    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
+
+
+_COUNTER = "torch.utils.flop_counter"
+_formulas: list[tuple[Any, Callable[..., int]]] = []
+
+
+def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """`torch.utils.flop_counter.register_flop_formula`, put off until somebody imports that module.
+
+    Importing it imports Triton, where installed: 60 ms that nobody pays for who only looks at the layers.
+    """
+
+    def register(formula: Callable[..., int]) -> Callable[..., int]:
+        if _COUNTER in sys.modules:
+            sys.modules[_COUNTER].register_flop_formula(op)(formula)
+        else:
+            if not _formulas:
+                sys.meta_path.insert(0, _AfterImport())
+            _formulas.append((op, formula))
+        return formula
+
+    return register
+
+
+class _AfterImport(MetaPathFinder):
+    """Hands the formulas over when the counter is imported, then gets out of the way."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec: ModuleSpec | None = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_then_register(module: ModuleType) -> None:
+                execute(module)
+                while _formulas:
+                    op, formula = _formulas.pop()
+                    module.register_flop_formula(op)(formula)
+
+            spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,251 @@
+r"""A linear layer of APTx neurons (https://arxiv.org/abs/2507.14270): every weight is a small non-linearity.
+
+    y_bo = delta_o + sum_i (alpha_oi + tanh(beta_gi x_bi)) gamma_oi x_bi
+
+for x (B, I), y (B, O). beta is (G, I): row g serves the O / G outputs g O / G ... (g + 1) O / G - 1, and G = O gives
+every output its own. alpha = None is 1 throughout.
+
+The tanh of every (b, g, i) must be summed over i forward, and over b and over g backward, and is far too large to keep:
+103 GB at 8192 x 1024 -> 1024. With u = sigmoid(2 z), z = beta x, tanh z is 2 u - 1 and its derivative 4 (u - u^2). The
+constant -1 joins alpha in a GEMM, and what is left,
+
+    y      = delta + x ((alpha - 1) gamma)^T + 2 sum_i gamma x u,
+    dbeta  = 4 sum_b C x^2 (u - u^2),                            C_bgi = sum over the o of g of dy_bo gamma_oi
+    dgamma = (alpha - 1) T + 2 sum_b dy x u,                     T = dy^T x,    dalpha = gamma T
+    dx     = dy ((alpha - 1) gamma) + 2 sum_g C (u + 2 z (u - u^2)),
+
+is walked in blocks over b and g that stay in the cache. The backward saves x and the parameters only, and recomputes u.
+On a CPU sigmoid is the cheaper function: 0.2 ns an element against 1.9 ns for tanh (float32, one AVX-512 thread).
+
+FLOPs, with one each for *, + and tanh: 6 B O I forward and 17 B O I backward when G = O. With G < O they are 3 B G I +
+4 B O I and 12 B G I + 8 B O I, where what grows with O is GEMMs.
+
+Sums are float32 for half precision. Under autocast x and y take autocast's dtype, and the parameters keep theirs: no
+GEMM unit would gain from rounding them. `torch.func` transforms and higher derivatives go through the definition in
+plain torch, which does make the (B, G, I) tensors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.kernels._op import (
+    autocast_dtype,
+    compute_dtype,
+    differentiable_gradients,
+    flop_formula,
+    under_transform,
+    without_autocast,
+)
+
+# Elements of a (g, b, i) block. On a CPU 512 KiB of float32: smaller ones pay for Python, larger ones leave the cache.
+_CPU_BLOCK, _GPU_BLOCK = 2**17, 2**23
+
+
+def aptx_linear_reference(
+    x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The definition, in plain torch. x (*, I), alpha and gamma (O, I), beta (G, I), bias (O,) -> (*, O)."""
+    wide = compute_dtype(x, alpha, beta, gamma)
+    z = x.to(wide).unsqueeze(-2)
+    t = torch.tanh(beta.to(wide) * z).repeat_interleave(len(gamma) // len(beta), dim=-2)
+    y = ((t + (1.0 if alpha is None else alpha.to(wide))) * gamma.to(wide) * z).sum(-1)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def _blocks(x: Tensor, groups: int, tied: bool) -> tuple[list[slice], list[slice]]:
+    """Cuts the rows of x and the groups so that a block has at most so many elements, or is one row of one group.
+
+    Near-square, so that each element of x, beta and gamma serves many others of its block; but a tied beta's GEMMs want
+    all the rows they can get.
+    """
+    rows, features = x.shape
+    room = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK) // features)
+    height = max(1, min(rows, room if tied else max(int(room**0.5), room // groups)))
+    width = min(groups, max(1, room // height))
+    return (
+        [slice(b, min(b + height, rows)) for b in range(0, rows, height)],
+        [slice(g, min(g + width, groups)) for g in range(0, groups, width)],
+    )
+
+
+@torch.library.custom_op("archzoo::aptx_linear", mutates_args=())
+@without_autocast
+def aptx_linear_op(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+    """y (B, O) of x (B, I), in x's dtype."""
+    wide = compute_dtype(x, alpha, beta, gamma)
+    rows, features = x.shape
+    groups, outputs = len(beta), len(gamma)
+    each = outputs // groups
+    gamma = gamma.to(wide)
+    y = torch.zeros(1, dtype=wide, device=x.device) if bias is None else bias.to(wide)
+    if alpha is None:
+        y = y.expand(rows, outputs).clone(memory_format=torch.contiguous_format)
+    else:
+        y = torch.addmm(y, x.to(wide), (alpha.to(wide) - 1).mul_(gamma).t())
+    twice_beta = (beta.to(wide) * 2).unsqueeze(1)
+    by_group, y_by_group = gamma.reshape(groups, each, features), y.view(rows, groups, each).transpose(0, 1)
+    row_blocks, group_blocks = _blocks(x, groups, tied=each > 1)
+    for b in row_blocks:
+        z = x[b].to(wide)
+        for g in group_blocks:
+            xu = (twice_beta[g] * z).sigmoid_().mul_(z)  # (g, b, i)
+            if each == 1:  # a product and a sum: as a GEMM with one column it would take ten times as long
+                total = xu.mul_(by_group[g]).sum(-1, keepdim=True)
+            else:
+                total = torch.bmm(xu, by_group[g].transpose(1, 2))
+            y_by_group[g, b].add_(total, alpha=2)
+    return y.to(x.dtype)
+
+
+def _gradient(like: Tensor | None, x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros for a gradient; without elements if there is none to compute."""
+    like = x if like is None else like
+    return torch.zeros(like.shape if needed else (0,), dtype=dtype or like.dtype, device=like.device)
+
+
+@torch.library.custom_op("archzoo::aptx_linear_backward", mutates_args=())
+@without_autocast
+def aptx_linear_backward_op(
+    dy: Tensor, x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, alpha, beta, gamma and bias; one that is not needed comes back without elements."""
+    need_x, need_alpha, need_beta, need_gamma, need_bias = needed
+    wide = compute_dtype(x, alpha, beta, gamma)
+    rows, features = x.shape
+    groups, outputs = len(beta), len(gamma)
+    each = outputs // groups
+    dy, wide_gamma = dy.to(wide).contiguous(), gamma.to(wide)
+    dx, dalpha, dbias = _gradient(x, x, need_x, wide), _gradient(alpha, x, need_alpha), _gradient(bias, x, need_bias)
+    dbeta, dgamma = _gradient(beta, x, need_beta, wide), _gradient(gamma, x, need_gamma, wide)
+    if need_bias:
+        dbias.copy_(dy.sum(0))
+    if alpha is not None:
+        less_one = alpha.to(wide) - 1
+        if need_alpha or need_gamma:
+            t = dy.t() @ x.to(wide)
+            if need_gamma:
+                torch.mul(less_one, t, out=dgamma)
+            if need_alpha:
+                dalpha.copy_(t.mul_(wide_gamma))
+            del t
+        if need_x:
+            torch.mm(dy, less_one.mul_(wide_gamma), out=dx)
+        del less_one
+    if not (need_x or need_beta or need_gamma):
+        return dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias
+
+    twice_beta = (beta.to(wide) * 2).unsqueeze(1)
+    by_group, dy_by_group = wide_gamma.reshape(groups, each, features), dy.view(rows, groups, each).transpose(0, 1)
+    dgamma_by_group = dgamma.view(groups, each, features) if need_gamma else dgamma
+    row_blocks, group_blocks = _blocks(x, groups, tied=each > 1)
+    for b in row_blocks:
+        z = x[b].to(wide)
+        for g in group_blocks:
+            d = dy_by_group[g, b]
+            w = twice_beta[g] * z  # (g, b, i), as all that follows
+            u = w.sigmoid()
+            if need_x or need_beta:
+                v = torch.addcmul(u, u, u, value=-1)
+                c = d * by_group[g] if each == 1 else torch.bmm(d, by_group[g])
+                if need_x:
+                    dx[b].add_(torch.addcmul(u, w, v, out=w).mul_(c).sum(0), alpha=2)
+                if need_beta:
+                    dbeta[g].add_(v.mul_(c).mul_(z * z).sum(1), alpha=4)
+            if need_gamma:
+                u.mul_(z)
+                total = u.mul_(d).sum(1, keepdim=True) if each == 1 else torch.bmm(d.transpose(1, 2), u)
+                dgamma_by_group[g].add_(total, alpha=2)
+    return dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias
+
+
+@aptx_linear_op.register_fake
+def _(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], gamma.shape[0])
+
+
+@aptx_linear_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, needed: list[bool]
+) -> Any:
+    return tuple(_gradient(t, x, need) for t, need in zip((x, alpha, beta, gamma, bias), needed, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad)
+    if dy is None:
+        return (None,) * len(needed)
+    if torch.is_grad_enabled():
+        return tuple(differentiable_gradients(aptx_linear_reference, dy, ctx.saved_tensors, needed))
+    found = aptx_linear_backward_op(dy, *ctx.saved_tensors, needed)
+    return tuple(g if need else None for g, need in zip(found, needed, strict=True))
+
+
+aptx_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@flop_formula(torch.ops.archzoo.aptx_linear)
+def _flops(x: Any, alpha: Any, beta: Any, gamma: Any, bias: Any, *args: Any, **kwargs: Any) -> int:
+    (B, I), G, O = x, beta[0], gamma[0]  # noqa: E741
+    return 6 * B * O * I if G == O else 3 * B * G * I + 4 * B * O * I
+
+
+@flop_formula(torch.ops.archzoo.aptx_linear_backward)
+def _backward_flops(
+    dy: Any, x: Any, alpha: Any, beta: Any, gamma: Any, bias: Any, needed: list[bool], *args: Any, **kwargs: Any
+) -> int:
+    (B, I), G, O = x, beta[0], gamma[0]  # noqa: E741
+    need_x, need_alpha, need_beta, need_gamma, _ = needed
+    shared, each = B * G * I, B * O * I
+    total = 2 * shared * (need_x or need_beta or need_gamma)  # z, t = tanh z
+    total += 2 * shared * (need_x or need_beta)  # s = 1 - t^2
+    total += 2 * each * (need_alpha or need_gamma)  # T
+    if G == O:
+        return total + (6 * need_x + 3 * need_beta + 2 * need_gamma) * each
+    total += 2 * each * (need_x or need_beta)  # C
+    total += (4 * shared + 2 * each) * need_x  # C (t + z s) and its sum; dy (alpha gamma)
+    return total + 3 * shared * need_beta + (shared + 2 * each) * need_gamma
+
+
+def aptx_linear(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None = None) -> Tensor:
+    """APTx neurons on the last axis of x.
+
+    Args:
+        x: (*, I).
+        alpha: (O, I), or None for 1.
+        beta: (G, I) with G a divisor of O; G = O is the layer of the paper.
+        gamma: (O, I).
+        bias: delta (O,), or None for 0.
+
+    Returns:
+        (*, O) in the dtype of x, or in autocast's.
+
+    Raises:
+        ValueError: If shapes do not fit, or x is not of a floating-point dtype.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: must be a floating-point one")
+    if gamma.dim() != 2 or 0 in gamma.shape:
+        raise ValueError(f"gamma has shape {tuple(gamma.shape)}: must be (out, in)")
+    outputs, features = gamma.shape
+    if x.dim() == 0 or x.shape[-1] != features:
+        size = x.shape[-1] if x.dim() else "none"
+        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {features}, got {size}")
+    if alpha is not None and alpha.shape != gamma.shape:
+        raise ValueError(f"alpha has shape {tuple(alpha.shape)}: must be that of gamma, {tuple(gamma.shape)}")
+    if beta.dim() != 2 or beta.shape[1] != features or beta.shape[0] == 0 or outputs % beta.shape[0]:
+        raise ValueError(
+            f"beta has shape {tuple(beta.shape)}: must be (groups, {features}), groups a divisor of {outputs}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: must be ({outputs},)")
+    x = x.to(autocast_dtype(x))
+    if under_transform():
+        return aptx_linear_reference(x, alpha, beta, gamma, bias)
+    return aptx_linear_op(x.reshape(-1, features), alpha, beta, gamma, bias).view(*x.shape[:-1], outputs)

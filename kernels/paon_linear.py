@@ -1,0 +1,335 @@
+r"""Padé neurons on a linear layer's inputs (https://arxiv.org/abs/2403.11791).
+
+With x^k the element-wise power, p_k = x^k W_k^T for k = 1 ... M, q_k = x^k V_k^T for k = 1 ... N, and the partial sums
+P_m = w_0 + p_1 + ... + p_m, Q_n = 1 + q_1 + ... + q_n (P_{-1} = 0),
+
+    N = 0        y = P_M
+    smooth       y = (Q_N P_M + Q_{N-1} P_{M-1}) / (Q_N^2 + Q_{N-1}^2 + e),   e = eps if N >= 2, else 0
+    absolute     y = P_M / (1 + |q_1| + ... + |q_N|)
+
+Cost, for x (B, I) and y (B, O): M + N times a linear layer's, 2 (M + N) B I O FLOPs forward and twice that backward.
+Each degree of each side is one GEMM that adds into one of at most four accumulators P_M, P_{M-1}, Q_N, Q_{N-1}
+(absolute: P_M and N terms); the weights are used where they lie and the powers one at a time. So neither is ever
+stacked or copied, and no per-degree output is kept (but the q_k of the absolute variant). Fewer, larger GEMMs on
+stacked operands take longer on one CPU thread: by 1 - 7 % at 256 x 784 -> 128 and, from [2/2] on, by 12 - 22 % at 64 x
+64 -> 30, where [1/1] would gain 5 %. Saved for the backward: x and the accumulators, none of them if N = 0.
+
+Sums, powers and the rational function are float32 for half precision inputs, under autocast too. `torch.func`
+transforms and higher derivatives go through the definition in plain torch.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.kernels import _pade
+from archzoo.kernels._op import (
+    autocast_dtype,
+    compute_dtype,
+    differentiable_gradients,
+    flop_formula,
+    under_transform,
+    without_autocast,
+)
+
+
+def paon_linear_reference(
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None = None,
+    absolute: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The definition, in plain torch. x (*, I), numerator (M, O, I), denominator (N, O, I), bias (O,) -> (*, O)."""
+    wide = compute_dtype(x, numerator, denominator)
+    z = x.to(wide)
+
+    def terms(weight: Tensor | None) -> list[Tensor]:
+        powers, power = [], z
+        for w in () if weight is None else weight.to(wide):
+            powers.append(F.linear(power, w))
+            power = power * z
+        return powers
+
+    p, q = terms(numerator), terms(denominator)
+    w0 = 0.0 if bias is None else bias.to(wide)
+    P_low = w0 + sum(p[:-1]) if p else 0.0
+    P = P_low + p[-1] if p else w0
+    if not q:
+        y = P
+    elif absolute:
+        y = P / (1 + sum(t.abs() for t in q))
+    else:
+        Q_low = 1 + sum(q[:-1])
+        Q = Q_low + q[-1]
+        y = (Q * P + Q_low * P_low) / (Q * Q + Q_low * Q_low + (eps if len(q) > 1 else 0.0))
+    assert isinstance(y, Tensor)
+    return y.to(x.dtype)
+
+
+def _degree(weight: Any) -> int:
+    """M or N, of a stack of weights or of its shape."""
+    return 0 if weight is None else int(weight.shape[0] if isinstance(weight, Tensor) else weight[0])
+
+
+def _accumulators(M: int, N: int, absolute: bool) -> tuple[int, int]:
+    """How many sums of numerator and of denominator terms the rational function needs: saved for the backward."""
+    if N == 0:
+        return 0, 0
+    return (min(M, 1), N) if absolute else (min(M, 2), min(N, 2))
+
+
+def _powers(x: Tensor, degree: int) -> Iterator[tuple[int, Tensor]]:
+    """(1, x), (2, x^2), ..., in one buffer: a power is gone when the next is asked for."""
+    power = x
+    for k in range(1, degree + 1):
+        if k == 2:
+            power = x * x
+        elif k > 2:
+            power.mul_(x)
+        yield k, power
+
+
+def _unpack(
+    saved: Tensor, M: int, N: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor | float, Tensor, Tensor | float]:
+    """P, P_low, Q, Q_low of the smooth variant; those that are constant over the batch are not among the saved."""
+    p, q = saved[: min(M, 2)], saved[min(M, 2) :]
+    w0 = saved.new_zeros(1) if bias is None else bias.to(saved.dtype)
+    P = p[-1] if M else w0
+    P_low = p[0] if M >= 2 else w0 if M == 1 else 0.0
+    return P, P_low, q[-1], q[0] if N >= 2 else 1.0
+
+
+@torch.library.custom_op("archzoo::paon_linear", mutates_args=())
+@without_autocast
+def paon_linear_op(
+    x: Tensor, numerator: Tensor | None, denominator: Tensor | None, bias: Tensor | None, absolute: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y (B, O) of x (B, I), in x's dtype, and the accumulators (S, B, O), in that of the arithmetic."""
+    M, N = _degree(numerator), _degree(denominator)
+    weights = [w for w in (numerator, denominator) if w is not None]
+    wide, rows, columns = compute_dtype(x, *weights), x.shape[0], weights[0].shape[1]
+    n_p, n_q = _accumulators(M, N, absolute)
+    saved = torch.empty(n_p + n_q, rows, columns, dtype=wide, device=x.device)
+    p, q = saved[:n_p].unbind(), saved[n_p:].unbind()
+    if N == 0:  # y itself is the accumulator
+        p = (torch.empty(rows, columns, dtype=wide, device=x.device),)
+    P = torch.zeros(1, dtype=wide, device=x.device) if bias is None else bias.to(wide)
+    Q = torch.ones(1, dtype=wide, device=x.device)
+    for k, power in _powers(x.to(wide), max(M, N)):
+        if numerator is not None and k <= M:
+            P = torch.addmm(P, power, numerator[k - 1].to(wide).t(), out=p[-1] if k == M else p[0])
+        if denominator is not None and k <= N:
+            V = denominator[k - 1].to(wide).t()
+            if absolute:
+                torch.mm(power, V, out=q[k - 1])
+            else:
+                Q = torch.addmm(Q, power, V, out=q[-1] if k == N else q[0])
+    if N == 0:
+        y = P
+    elif absolute:
+        y = _pade.absolute(P, saved[n_p:])
+    else:
+        y = _pade.smooth(*_unpack(saved, M, N, bias), eps if N > 1 else 0.0)
+    return y.to(x.dtype), saved
+
+
+def _gradient(like: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+    """Memory for a gradient; without elements if there is none to compute."""
+    like = x if like is None else like
+    return torch.empty(like.shape if needed else (0,), dtype=like.dtype, device=like.device)
+
+
+@torch.library.custom_op("archzoo::paon_linear_backward", mutates_args=())
+@without_autocast
+def paon_linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    absolute: bool,
+    eps: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, numerator, denominator and bias; one that is not needed comes back without elements."""
+    M, N = _degree(numerator), _degree(denominator)
+    wide = saved.dtype
+    dy, z = dy.to(wide), x.to(wide)
+    if N == 0:
+        d = _pade.TermGradients(dy, dy, dy, dy)
+    elif absolute:
+        P = saved[0] if M else saved.new_zeros(1) if bias is None else bias.to(wide)
+        d = _pade.absolute_backward(dy, P, saved[min(M, 1) :])
+    else:
+        d = _pade.smooth_backward(dy, *_unpack(saved, M, N, bias), eps if N > 1 else 0.0)
+    sides: list[tuple[Tensor, list[Tensor], Tensor]] = []  # weights, gradient of each term, room for the weights'
+    d_numerator, d_denominator = _gradient(numerator, x, needed[1]), _gradient(denominator, x, needed[2])
+    if numerator is not None:
+        sides.append((numerator, [d.p_low] * (M - 1) + [d.p], d_numerator))
+    if denominator is not None:
+        d_q = list(d.q.unbind()) if absolute and N else [d.q_low] * (N - 1) + [d.q]
+        sides.append((denominator, d_q, d_denominator))
+    if needed[1] or needed[2]:
+        for k, power in _powers(z, max(M, N)):
+            for _, d_terms, d_weight in sides:
+                if k <= len(d_terms) and d_weight.numel():
+                    if d_weight.dtype == wide:
+                        torch.mm(d_terms[k - 1].t(), power, out=d_weight[k - 1])
+                    else:
+                        d_weight[k - 1] = d_terms[k - 1].t() @ power
+    dx = _gradient(None, x, False)
+    if needed[0]:  # Horner's rule: dx = R_1 + x (2 R_2 + x (3 R_3 + ...)), R_k = dp_k W_k + dq_k V_k
+        dx = torch.zeros(x.shape, dtype=wide, device=x.device)
+        for k in range(max(M, N), 0, -1):
+            for weight, d_terms, _ in sides:
+                if k <= len(d_terms):
+                    dx.addmm_(d_terms[k - 1], weight[k - 1].to(wide), alpha=k)
+            if k > 1:
+                dx.mul_(z)
+        dx = dx.to(x.dtype)
+    d_bias = (d.p_low if M else d.p).sum(0).to(x.dtype if bias is None else bias.dtype)
+    return dx, d_numerator, d_denominator, d_bias
+
+
+@paon_linear_op.register_fake
+def _(x: Tensor, numerator: Tensor | None, denominator: Tensor | None, bias: Any, absolute: bool, eps: float) -> Any:
+    weights = [w for w in (numerator, denominator) if w is not None]
+    shape = x.shape[0], weights[0].shape[1]
+    kept = sum(_accumulators(_degree(numerator), _degree(denominator), absolute))
+    return x.new_empty(shape), x.new_empty((kept, *shape), dtype=compute_dtype(x, *weights))
+
+
+@paon_linear_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    absolute: bool,
+    eps: float,
+    needed: list[bool],
+) -> Any:
+    kinds = zip((x, numerator, denominator), needed[:3], strict=True)
+    return *(_gradient(t, x, need) for t, need in kinds), _gradient(bias, x, False).new_empty(dy.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, numerator, denominator, bias, ctx.absolute, ctx.eps = inputs
+    ctx.save_for_backward(x, numerator, denominator, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *inputs, saved = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:4])
+    if dy is None:
+        return (None,) * 6
+    if torch.is_grad_enabled():
+        definition = functools.partial(paon_linear_reference, absolute=ctx.absolute, eps=ctx.eps)
+        return *differentiable_gradients(definition, dy, inputs, needed), None, None
+    found = paon_linear_backward_op(dy, *inputs, saved, ctx.absolute, ctx.eps, needed)
+    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
+
+
+paon_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@flop_formula(torch.ops.archzoo.paon_linear)
+def _flops(
+    x: Any, numerator: Any, denominator: Any, bias: Any, absolute: bool, eps: float, *args: Any, **kwargs: Any
+) -> int:
+    M, N = _degree(numerator), _degree(denominator)
+    B, I, O = x[0], x[1], (numerator or denominator)[1]  # noqa: E741
+    # Adding w_0, 1 and the degrees are the GEMMs' own. Left: |q|, sums and a division, or what `_pade.smooth` does.
+    rational = 0 if N == 0 else 2 * N + 1 if absolute else 5 if N == 1 else 8
+    return 2 * (M + N) * B * I * O + (max(M, N) - 1) * B * I + rational * B * O
+
+
+@flop_formula(torch.ops.archzoo.paon_linear_backward)
+def _backward_flops(
+    dy: Any,
+    x: Any,
+    numerator: Any,
+    denominator: Any,
+    bias: Any,
+    saved: Any,
+    absolute: bool,
+    eps: float,
+    needed: list[bool],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    M, N, K = _degree(numerator), _degree(denominator), max(_degree(numerator), _degree(denominator))
+    B, I, O = x[0], x[1], dy[1]  # noqa: E741
+    gemms = needed[0] * (M + N) + needed[1] * M + needed[2] * N
+    powers = (needed[0] + (needed[1] or needed[2])) * (K - 1)
+    rational = 0 if N == 0 else 4 * N + 4 if absolute else 13 if N == 1 else 21
+    return 2 * gemms * B * I * O + powers * B * I + (rational + 1) * B * O
+
+
+def paon_linear(
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    variant: Literal["smooth", "absolute"] = "smooth",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Padé neurons of degrees [M/N] on the last axis of x.
+
+    Args:
+        x: (*, I).
+        numerator: W (M, O, I), degree k at index k - 1; None for M = 0.
+        denominator: V (N, O, I); None for N = 0.
+        bias: w_0 (O,), or None for 0.
+        variant: "smooth" or "absolute".
+        eps: Added to the smooth variant's denominator if N >= 2.
+
+    Returns:
+        (*, O) in the dtype of x, or in autocast's. [1/0] is `F.linear`, bit for bit.
+
+    Raises:
+        ValueError: If there is neither numerator nor denominator, the variant is unknown, shapes do not fit, or x is
+            not of a floating-point dtype.
+    """
+    weights = [(name, w) for name, w in (("numerator", numerator), ("denominator", denominator)) if w is not None]
+    if not weights:
+        raise ValueError("numerator=None, denominator=None: one of them must be given")
+    if variant not in ("smooth", "absolute"):
+        raise ValueError(f"variant={variant!r}: must be 'smooth' or 'absolute'")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: must be a floating-point one")
+    size = x.shape[-1] if x.dim() else "none"
+    for name, w in weights:
+        if w.dim() != 3 or w.shape[0] == 0 or w.shape[1:] != weights[0][1].shape[1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(w.shape)}: must be (degree, out, in), degree >= 1, alike on both sides"
+            )
+        if w.shape[2] != size:
+            raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {w.shape[2]}, got {size}")
+    columns = weights[0][1].shape[1]
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: must be ({columns},)")
+
+    dtype = autocast_dtype(x)
+    if dtype != x.dtype:
+        x = x.to(dtype)
+        numerator, denominator, bias = (None if t is None else t.to(dtype) for t in (numerator, denominator, bias))
+    if denominator is None and numerator is not None and len(numerator) == 1:
+        return F.linear(x, numerator[0], bias)
+    if under_transform():
+        return paon_linear_reference(x, numerator, denominator, bias, variant == "absolute", eps)
+    y, _ = paon_linear_op(x.reshape(-1, x.shape[-1]), numerator, denominator, bias, variant == "absolute", eps)
+    return y.view(*x.shape[:-1], columns)
