@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# A script's own folder comes first in sys.path, and ours holds a folder `kernels`: another library would take it for the
-# package of that name. archzoo itself is installed, and found without it.
+# A script's own folder comes first in sys.path, and ours holds a folder `kernels`: another library would take it for
+# the package of that name. archzoo itself is installed, and found without it.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 try:

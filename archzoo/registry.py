@@ -24,7 +24,7 @@ Item = TypeVar("Item", bound=Callable[..., Any])
 
 
 def import_all(package: str) -> None:
-    """Imports every module of a package, or one module, so that what is registered there is known: nobody keeps a list."""
+    """Imports every module of a package, or one module, so that what registers there is known: nobody keeps a list."""
     for module in pkgutil.iter_modules(getattr(importlib.import_module(package), "__path__", ()), f"{package}."):
         importlib.import_module(module.name)
 

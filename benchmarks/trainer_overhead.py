@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks._record import environment
 from torch import nn
 
 from archzoo.training.build import build_model, build_task
 from archzoo.training.config import OptimizerConfig, SchedulerConfig, TrainConfig, TrainerConfig
 from archzoo.training.data import BatchOrder
 from archzoo.training.loop import Trainer
+from benchmarks._record import environment
 
 
 def config(steps: int) -> TrainConfig:
@@ -56,7 +56,9 @@ def bare(steps: int, folder: Path) -> float:
     model, _ = build_model(cfg, task)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-3
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     inputs, targets = task.train.inputs, task.train.targets
     batches = BatchOrder(len(inputs), 64, seed=0).tensors()

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from archzoo.kernels import _backend, use_backend
-from archzoo.kernels._backend import wants_triton
 from torch import Tensor
 
+from archzoo.kernels import _backend, use_backend
+from archzoo.kernels._backend import wants_triton
 from tests.helpers import run_python, without
 
 

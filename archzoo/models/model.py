@@ -19,7 +19,9 @@ class BuildModel(Protocol):
         *,
         widths: tuple[int, ...] | None = None,
         **options: Any,
-    ) -> nn.Module: ...
+    ) -> nn.Module:
+        """The network: (batch, *input_shape) -> (batch, output_size)."""
+        ...
 
 
 class LayerFactory:
@@ -35,6 +37,7 @@ class LayerFactory:
         self.options = dict(options or {})
 
     def __call__(self, in_features: int, out_features: int) -> nn.Module:
+        """A fresh layer of these sizes."""
         return create_layer(self.entry.name, in_features, out_features, **self.options)
 
 

@@ -146,7 +146,7 @@ def _widths(config: TrainConfig) -> tuple[int, ...]:
 
 
 def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
-    """Whether the layer can be built at all, at the configured width or at a rounder one; raises its own error if not."""
+    """Whether the layer allows the configured width; its own error if it can be built at no width."""
     first: Exception | None = None
     own = _widths(config)
     for widths in (own, (240,) * len(own), (720720,) * len(own)):

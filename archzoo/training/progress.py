@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 DRAW_EVERY = 0.25  # seconds between redraws of the bars
 
@@ -69,6 +71,7 @@ class SweepProgress(Progress):
             self.run_bar = self.bars.add_task("", total=1.0, note="", visible=False)
             self.bars.start()
 
+    @override
     def start_run(self, record: Mapping[str, Any]) -> None:
         self.number += 1
         self.label, self.run_began = str(record["name"]), time.monotonic()
@@ -79,6 +82,7 @@ class SweepProgress(Progress):
             self._say("started")
         self.drawn = time.monotonic()
 
+    @override
     def skip_run(self, record: Mapping[str, Any]) -> None:
         self.number += 1
         self.label = str(record["name"])
@@ -86,6 +90,7 @@ class SweepProgress(Progress):
         if self.bars is not None:
             self.bars.update(self.sweep_bar, completed=self.number)
 
+    @override
     def update_run(self, step: int, spent: float) -> None:
         now = time.monotonic()
         if now - self.drawn < (DRAW_EVERY if self.bars is not None else LINE_EVERY):
@@ -100,6 +105,7 @@ class SweepProgress(Progress):
         else:
             self._say(f"{note}, {left} left in all")
 
+    @override
     def end_run(self, record: Mapping[str, Any]) -> None:
         self.done_here += 1
         self._say(outcome(record))
@@ -107,6 +113,7 @@ class SweepProgress(Progress):
             self.bars.update(self.sweep_bar, completed=self.number, note=self._count())
             self.bars.refresh()
 
+    @override
     def close(self) -> None:
         if self.bars is not None:
             self.bars.update(self.run_bar, visible=False)

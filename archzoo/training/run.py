@@ -192,10 +192,8 @@ def _execute(
             with _metrics_writer(folder, trackers) as write:
                 trainer.record = write
                 trainer.save = lambda t: _save(t, folder, config.trainer.keep_checkpoints)
-                with (
-                    _profiler(config, folder, trainer),
-                    torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly),
-                ):
+                anomaly = torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly)
+                with _profiler(config, folder, trainer), anomaly:
                     trainer.fit()
             _finish(trainer, folder, record)
     except Interrupted:
@@ -310,7 +308,7 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
         "value": test[f"test/{task.score}"],
         "step": int(best.get("step", trainer.step)),
     }
-    times = sorted(trainer.step_times)
+    times = trainer.step_times
     if times:
         examples = trainer.config.trainer.batch_size * trainer.config.trainer.accumulate
         record["timing"] |= {
