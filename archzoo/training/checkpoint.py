@@ -212,6 +212,10 @@ def set_state(
         )
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model or optimizer: {error}") from error
+    # torch makes a state for every parameter before it loads; some had none, as right after a grid update.
+    for name, parameter in model.named_parameters():
+        if name not in state:
+            optimizer.state.pop(parameter, None)
 
 
 def get_random_state() -> dict[str, Any]:
