@@ -164,10 +164,16 @@ SEPARATOR = "::"  # between a parameter's name and an optimizer's name of its st
 
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Model and optimizer as one flat dictionary of tensors, and what else the optimizer holds as plain JSON."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    own, optim = cast(Any, get_state_dict(model, optimizer, options=options))
+    if optimizer.state:
+        own, optim = cast(Any, get_state_dict(model, optimizer, options=options))
+    else:  # torch would take an empty step to make a state, and the run would go on from that
+        own = get_model_state_dict(model, options=options)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+        optim = {"state": {}, "param_groups": groups}
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in own.items()}
     numbers: dict[str, Any] = {}
     for parameter, state in optim["state"].items():
