@@ -44,7 +44,7 @@ def without_autocast(implementation: Function) -> Function:
 
 def under_transform() -> bool:
     """Whether a `torch.func` transform is at work, which custom ops do not support and plain torch does."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def differentiable_gradients(

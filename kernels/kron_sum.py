@@ -1,0 +1,370 @@
+r"""Sum of Kronecker products, $H = \sum_i A_i \otimes S_i$, and the linear map $y = x H^T$ that never keeps H.
+
+A (n, P, Q) and S (n, K, D) give H (P K, Q D) in the order of `torch.kron`:
+H[p K + k, q D + d] = sum_i A[i,p,q] S[i,k,d].
+
+With R rows, o = P K, i = Q D and P = Q = n, in multiply-adds:
+
+| | forward | backward | temporaries, elements |
+|---|---|---|---|
+| `kron_sum` | n o i | 2 n o i | o i / n |
+| `kron_linear`, built | R o i + n o i | 2 R o i + 3 n o i | 2 o i / n |
+| `kron_linear`, factored | R o i + R n^2 o | 2 R o i + R n^2 (o + 2 i) | 2 R (o + i) |
+
+Built: a block of rows (backward: of columns) of H is made, used and dropped; it is one GEMM A^T S and at most one
+transposing copy, and no (n, o, i) intermediate exists. Factored: U_iq = S_i x_q, then y_p = sum_iq A[i,p,q] U_iq; it
+reads 1/n of the bytes. Small problems take several blocks at once, as many as fill 1 MiB. Only x, A and S are saved.
+
+Factored is taken while R n <= i, where the multiply-adds of the two cross. Measured (CPU, one thread, float32, d x d,
+d = 64 to 2048, n = 2 to 16, R = 1 to 1024), that is also where their times cross. The choice is made inside the op,
+from shapes alone: a graph compiled or exported with a dynamic batch holds one node and no guard on the batch.
+
+Under `torch.func` transforms, and for gradients of gradients, plain differentiable torch takes the ops' place.
+There is no Triton kernel yet: every device runs the GEMMs below.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.kernels._op import (
+    autocast_dtype,
+    compute_dtype,
+    differentiable_gradients,
+    flop_formula,
+    under_transform,
+    without_autocast,
+)
+
+_CPU_BLOCK = 2**20  # bytes; about one core's L2 cache
+_GPU_BLOCK = 2**26  # bytes; smaller GEMMs would leave most of a GPU idle
+
+
+def kron_sum_reference(A: Tensor, S: Tensor) -> Tensor:
+    """The definition. A (n, P, Q), S (n, K, D) -> H (P K, Q D)."""
+    return torch.stack([torch.kron(a, s) for a, s in zip(A, S, strict=True)]).sum(0)
+
+
+def kron_linear_reference(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    """The definition. x (*, Q D), A (n, P, Q), S (n, K, D) -> x H^T (*, P K)."""
+    return x @ kron_sum_reference(A, S).t()
+
+
+# --- Pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _build(A: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+    """H, summed in float32 at least and rounded once. With P = 1 or Q = 1 the transposing copy is none."""
+    (n, P, Q), (_, K, D) = A.shape, S.shape
+    wide = compute_dtype(A, S)
+    H = A.reshape(n, P * Q).to(wide).t() @ S.reshape(n, K * D).to(wide)
+    return H.to(dtype).view(P, Q, K, D).transpose(1, 2).reshape(P * K, Q * D)
+
+
+def _split(G: Tensor, P: int, Q: int) -> Tensor:
+    """Undoes the layout of `_build`: G (P K, Q D) -> (P Q, K D)."""
+    K, D = G.shape[0] // P, G.shape[1] // Q
+    return G.view(P, K, Q, D).transpose(1, 2).reshape(P * Q, K * D)
+
+
+def _blocks_first(x: Tensor, blocks: int) -> Tensor:
+    """(R, blocks width) -> (1, blocks R, width), contiguous: in this layout every factored step is one plain GEMM."""
+    rows, width = x.shape[0], x.shape[1] // blocks
+    return x.reshape(rows, blocks, width).transpose(0, 1).reshape(1, blocks * rows, width)
+
+
+def _blocks_last(x: Tensor, rows: int, width: int) -> Tensor:
+    """(blocks, R width) -> (R, blocks width)."""
+    return x.view(x.shape[0], rows, width).transpose(0, 1).reshape(rows, x.shape[0] * width)
+
+
+def _groups(count: int, elements: int, like: Tensor) -> Iterator[slice]:
+    """Cuts `count` items of so many elements each into slices that fill a block, one item at least."""
+    block = _GPU_BLOCK if like.is_cuda else _CPU_BLOCK
+    step = max(1, block // (like.element_size() * max(elements, 1)))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _plain(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    """x H^T by torch's own differentiable operators."""
+    return x @ _build(A, S, x.dtype).t()
+
+
+def _gradient(like: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a gradient; one that is not needed has no elements."""
+    return torch.empty(like.shape if needed else [0] * like.dim(), dtype=dtype or like.dtype, device=like.device)
+
+
+def _is_factored(rows: int, A: Sequence[int], S: Sequence[int]) -> bool:
+    """Whether the factored path is cheaper, from the number of rows and the shapes of A and S."""
+    return rows * A[0] <= A[2] * S[2]
+
+
+# --- kron_sum ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("archzoo::kron_sum", mutates_args=())
+@without_autocast
+def kron_sum_op(A: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+    """H (P K, Q D) in the given dtype, in one pass over its rows."""
+    (_, P, Q), (_, K, D) = A.shape, S.shape
+    H, S = torch.empty(P * K, Q * D, dtype=dtype, device=S.device), S.to(compute_dtype(A, S))
+    for p in _groups(P, K * Q * D, S):
+        H[p.start * K : p.stop * K] = _build(A[:, p], S, dtype)
+    return H
+
+
+@torch.library.custom_op("archzoo::kron_sum_backward", mutates_args=())
+@without_autocast
+def kron_sum_backward_op(dH: Tensor, A: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """dA (n, P, Q) and dS (n, K, D) in one pass over the columns of dH (P K, Q D)."""
+    (n, P, Q), (_, K, D) = A.shape, S.shape
+    wide = compute_dtype(A, S)
+    A_wide, S_wide = A.to(wide), S.reshape(n, K * D).to(wide)
+    dA = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+    dS = torch.zeros(n, K * D, dtype=wide, device=S.device)
+    for q in _groups(Q, P * K * D, S_wide):
+        width = q.stop - q.start
+        part = _split(dH[:, q.start * D : q.stop * D].to(wide).contiguous(), P, width)
+        dA[:, :, q] = (S_wide @ part.t()).view(n, P, width)
+        dS.addmm_(A_wide[:, :, q].reshape(n, P * width), part)
+    return dA, dS.view(n, K, D).to(S.dtype)
+
+
+@kron_sum_op.register_fake
+def _(A: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+    return S.new_empty(A.shape[1] * S.shape[1], A.shape[2] * S.shape[2], dtype=dtype)
+
+
+@kron_sum_backward_op.register_fake
+def _(dH: Tensor, A: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), S.new_empty(S.shape)
+
+
+def _kron_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _kron_sum_gradients(ctx: Any, dH: Tensor) -> tuple[Tensor | None, ...]:
+    A, S = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        H = lambda A, S: _build(A, S, dH.dtype)  # noqa: E731
+        return *differentiable_gradients(H, dH, (A, S), ctx.needs_input_grad[:2]), None
+    return *kron_sum_backward_op(dH, A, S), None
+
+
+kron_sum_op.register_autograd(_kron_sum_gradients, setup_context=_kron_sum_setup)
+
+
+# --- kron_linear ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("archzoo::kron_linear", mutates_args=())
+@without_autocast
+def kron_linear_op(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    """y (R, P K) of x (R, Q D), in the dtype of x."""
+    return (_factored if _is_factored(x.shape[0], A.shape, S.shape) else _built)(x, A, S)
+
+
+@torch.library.custom_op("archzoo::kron_linear_backward", mutates_args=())
+@without_autocast
+def kron_linear_backward_op(
+    dy: Tensor, x: Tensor, A: Tensor, S: Tensor, need_x: bool, need_A: bool, need_S: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dS. What is not needed is not computed, and comes back with no elements."""
+    backward = _factored_backward if _is_factored(x.shape[0], A.shape, S.shape) else _built_backward
+    return backward(dy, x, A, S, need_x, need_A, need_S)
+
+
+def _built(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    (_, P, Q), (_, K, D) = A.shape, S.shape
+    S = S.to(compute_dtype(A, S))
+    y = torch.empty(x.shape[0], P * K, dtype=x.dtype, device=x.device)
+    for p in _groups(P, K * Q * D, x):
+        torch.mm(x, _build(A[:, p], S, x.dtype).t(), out=y[:, p.start * K : p.stop * K])
+    return y
+
+
+def _built_backward(
+    dy: Tensor, x: Tensor, A: Tensor, S: Tensor, need_x: bool, need_A: bool, need_S: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By columns of H: dx_q = dy H_q and dH_q = dy^T x_q are whole, with no sum over blocks."""
+    (n, P, Q), (_, K, D) = A.shape, S.shape
+    wide = compute_dtype(A, S)
+    A_wide, S_wide = A.to(wide), S.to(wide)
+    dx, dA = _gradient(x, need_x), _gradient(A, need_A)
+    dS = _gradient(S, need_S, wide).zero_()
+    for q in _groups(Q, P * K * D, x):
+        columns, width = slice(q.start * D, q.stop * D), q.stop - q.start
+        if need_x:
+            torch.mm(dy, _build(A_wide[:, :, q], S_wide, x.dtype), out=dx[:, columns])
+        if need_A or need_S:
+            dH = _split(dy.t() @ x[:, columns], P, width).to(wide)
+        if need_A:
+            dA[:, :, q] = (S_wide.reshape(n, K * D) @ dH.t()).view(n, P, width)
+        if need_S:
+            dS.view(n, K * D).addmm_(A_wide[:, :, q].reshape(n, P * width), dH)
+    return dx, dA, dS.to(S.dtype)
+
+
+def _factored(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    (n, P, Q), K = A.shape, S.shape[1]
+    rows = x.shape[0]
+    A, S, x_blocks = A.to(x.dtype), S.to(x.dtype), _blocks_first(x, Q)
+    total = torch.zeros(P, rows * K, dtype=compute_dtype(x), device=x.device)
+    for i in _groups(n, rows * Q * K, x):
+        terms = i.stop - i.start
+        U = torch.bmm(x_blocks.expand(terms, -1, -1), S[i].transpose(1, 2)).view(terms * Q, rows * K)
+        total += A[i].transpose(0, 1).reshape(P, terms * Q) @ U
+    return _blocks_last(total.to(x.dtype), rows, K)
+
+
+def _factored_backward(
+    dy: Tensor, x: Tensor, A: Tensor, S: Tensor, need_x: bool, need_A: bool, need_S: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With V_ip = S_i^T dy_p: dx_q = sum_ip A[i,p,q] V_ip, dA[i,p,q] = <V_ip, x_q>;
+    dS_i = sum_q (sum_p A[i,p,q] dy_p) x_q^T.
+    """
+    (n, P, Q), (_, K, D) = A.shape, S.shape
+    rows = x.shape[0]
+    A_like, S_like = A.to(x.dtype), S.to(x.dtype)
+    x_blocks, dy_blocks = _blocks_first(x, Q), _blocks_first(dy, P)
+    total = _gradient(x, need_x, compute_dtype(x)).zero_()
+    dA, dS = _gradient(A, need_A), _gradient(S, need_S)
+    for i in _groups(n, rows * max(P * D, Q * K), x):
+        terms = i.stop - i.start
+        if need_x or need_A:
+            V = torch.bmm(dy_blocks.expand(terms, -1, -1), S_like[i]).view(terms * P, rows * D)
+            if need_x:
+                total.view(Q, rows * D).add_(A_like[i].reshape(terms * P, Q).t() @ V)
+            if need_A:
+                dA[i] = (V @ x_blocks.view(Q, rows * D).t()).view(terms, P, Q)
+            del V  # so that V and dU are never held together
+        if need_S:
+            dU = A_like[i].transpose(1, 2).reshape(terms * Q, P) @ dy_blocks.view(P, rows * K)
+            dS[i] = torch.bmm(dU.view(terms, Q * rows, K).transpose(1, 2), x_blocks.expand(terms, -1, -1))
+            del dU
+    dx = total.to(x.dtype)
+    return _blocks_last(dx.view(Q, rows * D), rows, D) if need_x else dx, dA, dS
+
+
+@kron_linear_op.register_fake
+def _(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], A.shape[1] * S.shape[1])
+
+
+@kron_linear_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, A: Tensor, S: Tensor, need_x: bool, need_A: bool, need_S: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradient(x, need_x), _gradient(A, need_A), _gradient(S, need_S)
+
+
+def _kron_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _kron_linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, A, S = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = differentiable_gradients(_plain, dy, (x, A, S), ctx.needs_input_grad)
+    else:
+        gradients = kron_linear_backward_op(dy, x, A, S, *ctx.needs_input_grad)
+    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+kron_linear_op.register_autograd(_kron_linear_gradients, setup_context=_kron_linear_setup)
+
+
+# --- What it costs ----------------------------------------------------------------------------------------------------
+
+
+@flop_formula(torch.ops.archzoo.kron_sum)
+def _build_flops(A: Any, S: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * A[0] * A[1] * A[2] * S[1] * S[2])
+
+
+@flop_formula(torch.ops.archzoo.kron_sum_backward)
+def _build_backward_flops(dH: Any, A: Any, S: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _build_flops(A, S)
+
+
+@flop_formula(torch.ops.archzoo.kron_linear)
+def _linear_flops(x: Any, A: Any, S: Any, *args: Any, **kwargs: Any) -> int:
+    rows, n, out = x[0], A[0], A[1] * S[1]
+    rest = 2 * rows * n * A[2] * out if _is_factored(rows, A, S) else _build_flops(A, S)
+    return int(2 * rows * out * x[1] + rest)
+
+
+@flop_formula(torch.ops.archzoo.kron_linear_backward)
+def _linear_backward_flops(
+    dy: Any, x: Any, A: Any, S: Any, need_x: bool, need_A: bool, need_S: bool, *args: Any, **kwargs: Any
+) -> int:
+    rows, n, out = x[0], A[0], A[1] * S[1]
+    gemm, build = 2 * rows * out * x[1], _build_flops(A, S)
+    if _is_factored(rows, A, S):
+        mix_V, mix_dy = 2 * rows * n * A[1] * x[1], 2 * rows * n * A[2] * out
+        return int((need_x or need_A) * gemm + (need_x + need_A) * mix_V + need_S * (gemm + mix_dy))
+    return int(need_x * (gemm + build) + (need_A or need_S) * gemm + (need_A + need_S) * build)
+
+
+# --- Public -----------------------------------------------------------------------------------------------------------
+
+
+def _check(A: Tensor, S: Tensor) -> None:
+    if A.dim() != 3 or S.dim() != 3 or A.shape[0] != S.shape[0]:
+        raise ValueError(
+            f"A of shape {tuple(A.shape)}, S of shape {tuple(S.shape)}: must be (n, P, Q) and (n, K, D) with the same n"
+        )
+
+
+def kron_sum(A: Tensor, S: Tensor) -> Tensor:
+    """H = sum_i A_i (x) S_i, differentiable.
+
+    Args:
+        A: (n, P, Q), real floating point.
+        S: (n, K, D), real floating point.
+
+    Returns:
+        H (P K, Q D) in the wider dtype of the two; under autocast in autocast's. Summed in float32 at least.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    _check(A, S)
+    dtype = autocast_dtype(S)
+    if dtype == S.dtype:
+        dtype = torch.promote_types(A.dtype, S.dtype)
+    if under_transform():
+        return _build(A, S, dtype)
+    return kron_sum_op(A, S, dtype)
+
+
+def kron_linear(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    """y = x H^T with H = sum_i A_i (x) S_i, without keeping H.
+
+    Args:
+        x: (*, Q D), real floating point.
+        A: (n, P, Q), real floating point.
+        S: (n, K, D), real floating point.
+
+    Returns:
+        y (*, P K) in the dtype of x; under autocast in autocast's, as `nn.Linear` gives.
+
+    Raises:
+        ValueError: If the shapes do not fit, or x is not floating point.
+    """
+    _check(A, S)
+    features = A.shape[2] * S.shape[2]
+    if x.dim() == 0 or x.shape[-1] != features or not x.is_floating_point():
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} and {x.dtype}: must be (*, {features}) and floating point, "
+            f"for A of shape {tuple(A.shape)} and S of shape {tuple(S.shape)}"
+        )
+    x = x.to(autocast_dtype(x))
+    if under_transform():
+        return _plain(x, A, S)
+    return kron_linear_op(x.reshape(-1, features), A, S).view(*x.shape[:-1], A.shape[1] * S.shape[1])
