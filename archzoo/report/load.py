@@ -1,0 +1,463 @@
+"""A comparison as it lies on disk: one folder per run, read from `run.json` and `metrics.jsonl` and nothing else."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+STATUSES = ("done", "running", "interrupted", "diverged", "failed", "unknown")
+
+# Keys of a config that name, place or watch a run and do not change what it computes.
+_NOT_SETTINGS = frozenset(
+    (
+        *("name", "run_id", "experiment", "seed", "device", "devices", "threads", "debug", "resume", "report"),
+        *("paths", "data_dir", "output", "output_dir", "hydra", "sweep"),
+        *("log", "logger", "logging", "tracker", "tracking"),
+    )
+)
+_LARGEST = 1e70  # so that the square of a variance is still a float
+# A label's options in the order a reader looks for them; any other group comes after, by name.
+_GROUP_ORDER = ("layer", "model", "budget", "optimizer", "trainer")
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a run's loss stopped being finite."""
+
+    step: int | None
+    module: str | None
+    what: str | None
+
+    def __str__(self) -> str:
+        at = f"at step {self.step}" if self.step is not None else "at an unknown step"
+        where = f" in {self.module}" if self.module else ""
+        return f"diverged {at}{where}{f' ({self.what})' if self.what else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a contestant's size was matched to, and how near it came."""
+
+    match: str
+    to: str | None = None
+    target: float | None = None
+    reached: float | None = None
+    deviation: float | None = None
+    """(reached - target) / target."""
+    within_tolerance: bool | None = None
+    tolerance: float | None = None
+    widths: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return ""
+        if self.within_tolerance is False:
+            return f"nearest reachable: {100 * self.deviation:+.1f} %"
+        rounded = 100 * self.deviation
+        return "0.0 %" if abs(rounded) < 0.05 else f"{rounded:+.1f} %"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run, as its `run.json` tells it. What the file leaves out, or holds in a wrong type, is None."""
+
+    folder: Path
+    id: str
+    name: str
+    experiment: str | None
+    status: str
+    """One of `STATUSES`; only a `"done"` run's score counts."""
+    error: str | None
+    """First line of the error."""
+    diverged: Divergence | None
+    config: Mapping[str, Any]
+    layer: str
+    task: str
+    model: str | None
+    seed: int | None
+    budget: Budget | None
+    parameters: int | None
+    flops: float | None
+    """Forward FLOPs per sample."""
+    bytes_per_step: float | None
+    score: float | None
+    """A finite number, or None."""
+    metric: str | None
+    mode: Literal["max", "min"] | None
+    split: str | None
+    score_step: int | None
+    task_summary: Mapping[str, float]
+    step_time_s: float | None
+    samples_per_s: float | None
+    wall_s: float | None
+    saved_bytes: float | None
+    """Bytes kept for the backward pass."""
+    rss_bytes: float | None
+    cuda_bytes: float | None
+    versions: Mapping[str, str]
+    commit: str | None
+    dirty: bool
+    host: str | None
+    cpu: str | None
+    cores: int | None
+    device: str | None
+    threads: int | None
+    started: str | None
+    ended: str | None
+
+    @property
+    def counted(self) -> bool:
+        """Whether the run's score enters the comparison."""
+        return self.status == "done" and self.score is not None
+
+    @property
+    def trouble(self) -> str | None:
+        """What went wrong, in a line; None for a run that is done and has a score."""
+        if self.status == "diverged":
+            return str(self.diverged or Divergence(None, None, None)) + (f": {self.error}" if self.error else "")
+        if self.status == "done":
+            return None if self.score is not None else self.error or "done, but without a finite score"
+        if self.status == "running":
+            return "still marked as running"
+        return f"{self.status}: {self.error}" if self.error else self.status
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, in order. A line that is not whole, as a crash leaves it, is skipped."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
+        except OSError:
+            return []
+        try:  # one parse of the whole file is several times faster than one a line
+            records = json.loads(b"[" + b",".join(line for line in lines if line.strip()) + b"]")
+        except (ValueError, RecursionError):
+            records = [record for line in lines if (record := _json_or_none(line)) is not None]
+        return [record for record in records if isinstance(record, dict)]
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """Runs that are equal but for the seed."""
+
+    label: str
+    layer: str
+    task: str
+    runs: tuple[Run, ...]
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The config keys that tell this contestant from others with the same layer."""
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Seed -> score of the runs that count. Of runs with one seed, the one that ended last counts."""
+        return {run.seed: run.score for run in self.counted if run.seed is not None and run.score is not None}
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs whose scores count, by seed; one per seed."""
+        latest: dict[Any, Run] = {}
+        for run in sorted((run for run in self.runs if run.counted), key=lambda run: (run.ended or "", run.id)):
+            latest[run.folder if run.seed is None else run.seed] = run
+        return tuple(sorted(latest.values(), key=_seed_order))
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """How many runs have which status."""
+        return Counter(run.status for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The runs of one folder, and the contestants that they make up."""
+
+    folder: Path
+    name: str
+    runs: tuple[Run, ...]
+    groups: tuple[Contestant, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in order of their names. Scores are compared within a task only."""
+        return tuple(sorted({run.task for run in self.runs}))
+
+    def split(self) -> tuple["Comparison", ...]:
+        """One comparison per task."""
+        return tuple(
+            Comparison(
+                self.folder,
+                self.name,
+                tuple(run for run in self.runs if run.task == task),
+                tuple(group for group in self.groups if group.task == task),
+            )
+            for task in self.tasks
+        )
+
+    @property
+    def metric(self) -> str:
+        """Name of the score, the commonest one if the runs differ."""
+        return _commonest(run.metric for run in self.runs) or "score"
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether a larger or a smaller score is better."""
+        stated = _commonest(run.mode for run in self.runs)
+        if stated is not None:
+            return stated
+        lower = any(word in self.metric for word in ("loss", "error", "mse", "mae", "rmse", "perplexity", "nll"))
+        return "min" if lower else "max"
+
+    @property
+    def score_split(self) -> str | None:
+        """The split that the score was taken on."""
+        return _commonest(run.split for run in self.runs)
+
+
+def load_comparison(folder: str | Path) -> Comparison:
+    """Reads a comparison folder, `outputs/NAME`, whose sub-folders with a `run.json` are its runs.
+
+    Runs with one config apart from the seed form a contestant. Its label is the layer's name, with the config keys that
+    differ where several contestants share a layer and a task. A run whose `run.json` cannot be read counts as failed.
+
+    Args:
+        folder: The comparison's folder.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r}: there is no such folder; give a comparison's, as outputs/digits")
+    paths = sorted(path for path in folder.iterdir() if (path / "run.json").is_file())
+    if not paths:
+        hint = "no sub-folder has a run.json"
+        if (folder / "run.json").is_file():
+            hint = f"it is a run itself, so give the folder around it, {str(folder.absolute().parent)!r}"
+        elif any(folder.glob("*/*/run.json")):
+            hint = "its sub-folders are comparisons: give one of them"
+        raise ValueError(f"folder={str(folder)!r} holds no run: {hint}")
+    runs = _one_metric([_load_run(path) for path in paths])
+    return Comparison(folder, clean(folder.absolute().name), runs, _contestants(runs))
+
+
+def clean(text: object) -> str:
+    """Text in one line that every format can hold: no control characters, no lone surrogates, single spaces."""
+    string = str(text).encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in string).split())
+
+
+def number(value: object) -> float | None:
+    """The value as a finite float, or None; what is far beyond float32's range counts as infinite, or as zero."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        return float(value) if abs(value) >= 1 / _LARGEST else 0.0
+    return None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as `{"optimizer.lr": "0.001"}`."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{clean(key)}."))
+        else:
+            flat[f"{prefix}{clean(key)}"] = _word(value)
+    return flat
+
+
+def settings(run: Run) -> dict[str, str]:
+    """What of a run's config decides its result, seed aside, flattened."""
+    return flatten(_settings(run.config, run.seed))
+
+
+def _settings(config: Mapping[str, Any], seed: int | None, top: bool = True) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if (top and key in _NOT_SETTINGS) or (key == "seed" and value == seed):
+            continue
+        kept[key] = _settings(value, seed, top=False) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _load_run(folder: Path) -> Run:
+    error: str | None = None
+    record: dict[str, Any] = {}
+    try:
+        loaded = json.loads((folder / "run.json").read_bytes())
+        if isinstance(loaded, dict):
+            record = loaded
+        else:
+            error = f"run.json holds a {type(loaded).__name__}, not an object"
+    except (OSError, ValueError, RecursionError) as problem:
+        error = f"run.json cannot be read: {clean(problem)}"
+
+    def part(key: str) -> dict[str, Any]:
+        value = record.get(key)
+        return value if isinstance(value, dict) else {}
+
+    config, score, timing, memory, machine = (part(key) for key in ("config", "score", "timing", "memory", "machine"))
+
+    def named(key: str) -> str | None:
+        inner = config.get(key)
+        return _text(record.get(key)) or _text(inner.get("name") if isinstance(inner, dict) else inner)
+
+    seed = _integer(record.get("seed"))
+    mode = score.get("mode")
+    diverged = part("diverged")
+    status = _text(record.get("status")) or ("failed" if error else "unknown")
+    task_summary = part("summary").get("task")
+    return Run(
+        folder=folder,
+        id=_text(record.get("run_id")) or clean(folder.name),
+        name=_text(record.get("name")) or clean(folder.name),
+        experiment=_text(record.get("experiment")),
+        status=status if status in STATUSES else "unknown",
+        error=error or _first_line(record.get("error")),
+        diverged=Divergence(_integer(diverged.get("step")), _text(diverged.get("module")), _text(diverged.get("what")))
+        if diverged
+        else None,
+        config=config,
+        layer=named("layer") or "unknown layer",
+        task=named("task") or "unknown task",
+        model=named("model"),
+        seed=_integer(config.get("seed")) if seed is None else seed,
+        budget=_budget(part("budget")),
+        parameters=_integer(record.get("parameters")),
+        flops=number(record.get("flops")),
+        bytes_per_step=number(record.get("bytes_per_step")),
+        score=number(score.get("value")),
+        metric=_text(score.get("metric")),
+        mode="max" if mode == "max" else "min" if mode == "min" else None,
+        split=_text(score.get("split")),
+        score_step=_integer(score.get("step")),
+        task_summary={
+            clean(key): float(value) if isinstance(value, bool) else float(number(value) or 0.0)
+            for key, value in (task_summary if isinstance(task_summary, dict) else {}).items()
+            if isinstance(value, bool) or number(value) is not None
+        },
+        step_time_s=number(timing.get("step_time_p50_s")),
+        samples_per_s=number(timing.get("samples_per_s")),
+        wall_s=number(timing.get("wall_s")),
+        saved_bytes=number(memory.get("saved_for_backward_bytes")),
+        rss_bytes=number(memory.get("peak_rss_bytes")),
+        cuda_bytes=number(memory.get("peak_cuda_bytes")),
+        versions={clean(key): clean(value) for key, value in part("versions").items() if value is not None},
+        commit=_text(part("git").get("commit")),
+        dirty=part("git").get("dirty") is True,
+        host=_text(machine.get("host")),
+        cpu=_text(machine.get("cpu")),
+        cores=_integer(machine.get("cores")),
+        device=_text(record.get("device")),
+        threads=_integer(record.get("threads")),
+        started=_text(record.get("started")),
+        ended=_text(record.get("ended")),
+    )
+
+
+def _budget(record: dict[str, Any]) -> Budget | None:
+    if not record:
+        return None
+    within = record.get("within_tolerance")
+    widths = record.get("widths")
+    return Budget(
+        match=_text(record.get("match")) or "none",
+        to=_text(record.get("to")),
+        target=number(record.get("target")),
+        reached=number(record.get("reached")),
+        deviation=number(record.get("deviation")),
+        within_tolerance=within if isinstance(within, bool) else None,
+        tolerance=number(record.get("tolerance")),
+        widths=tuple(w for w in widths if isinstance(w, int)) if isinstance(widths, list) else (),
+    )
+
+
+def _one_metric(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Takes the score from runs that measured something else than the rest of their task: means must not mix them."""
+    by_task: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_task[run.task].append(run)
+    usual = {
+        task: _commonest((r.metric, r.mode, r.split) for r in group if r.counted) for task, group in by_task.items()
+    }
+    out = []
+    for run in runs:
+        what = usual[run.task]
+        if run.counted and what is not None and (run.metric, run.mode, run.split) != what:
+            words = (
+                f"its score is {run.split} {run.metric} ({run.mode}), not {what[1]} {what[2]} {what[0]} as elsewhere"
+            )
+            run = replace(run, score=None, error=clean(words), metric=what[0], mode=what[1], split=what[2])
+        out.append(run)
+    return tuple(out)
+
+
+def _contestants(runs: Sequence[Run]) -> tuple[Contestant, ...]:
+    keyed: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        key = json.dumps(_settings(run.config, run.seed), sort_keys=True, default=str)
+        keyed[run.task, run.layer][key].append(run)
+    contestants = []
+    for (task, layer), by_config in keyed.items():
+        if (
+            "{}" in by_config and len(by_config) == 2
+        ):  # a run that failed before it had a config can only be of the other
+            orphans = by_config.pop("{}")
+            next(iter(by_config.values())).extend(orphans)
+        groups = [tuple(sorted(group, key=_seed_order)) for group in by_config.values()]
+        for group, options in zip(groups, _options([settings(group[0]) for group in groups]), strict=True):
+            told = ", ".join(f"{key}={value}" for key, value in options.items())
+            label = clean(f"{layer} ({told})" if options else layer)
+            contestants.append(Contestant(label, layer, task, group, options))
+    return tuple(sorted(contestants, key=lambda contestant: (contestant.task, contestant.label)))
+
+
+def _options(configs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """What each of several configs has that the others have otherwise, under the shortest unmistakable keys."""
+    keys = sorted({key for config in configs for key in config}, key=_group_order)
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    last = Counter(key.rsplit(".", 1)[-1] for key in differing)
+    short = {key: tail if last[tail := key.rsplit(".", 1)[-1]] == 1 and tail != "name" else key for key in differing}
+    return [{short[key]: config.get(key, "unset") for key in differing} for config in configs]
+
+
+def _group_order(key: str) -> tuple[int, str]:
+    group = key.split(".", 1)[0]
+    return (_GROUP_ORDER.index(group) if group in _GROUP_ORDER else len(_GROUP_ORDER), key)
+
+
+def _seed_order(run: Run) -> tuple[bool, int, str]:
+    return (run.seed is None, run.seed or 0, run.id)
+
+
+def _word(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_word(item) for item in value) + "]"
+    return clean(value)
+
+
+def _text(value: object) -> str | None:
+    return clean(value) or None if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+
+
+def _first_line(value: object) -> str | None:
+    lines = [text for line in str(value).splitlines() if (text := clean(line))] if value is not None else []
+    return lines[0] if lines else None
+
+
+def _integer(value: object) -> int | None:
+    whole = number(value)
+    return int(whole) if whole is not None and whole == int(whole) else None
+
+
+def _json_or_none(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    counts = Counter(value for value in values if value is not None)
+    return max(counts, key=lambda value: (counts[value], str(value))) if counts else None
