@@ -1,0 +1,327 @@
+r"""Linear maps of functions of each input, $y_o = b_o + \sum_{i,j} w_{oij}\, B_j(x_i)$: what every KAN layer shares.
+
+A *basis* says which functions $B_j$ are meant: `values`, `values_and_slopes`, and what they cost. It is written once,
+as a short dataclass; this file turns it into a differentiable, compilable, autocast-aware operator. A map may sum
+several *terms*, each a basis with its weight: a KAN adds its spline term and its base term in one pass over x.
+
+Cost for N rows, I inputs, O outputs and K functions: 2·N·O·I·K FLOPs forward, 4·N·O·I·K backward, and the basis once
+forward and once backward. The basis of the whole batch is K times as large as x, so it is never made: both passes walk
+blocks of rows whose basis stays in cache. Kept for the backward pass: x and the parameters.
+
+Layout inside a block is (I, K, R), R rows innermost: elementwise work runs over long contiguous rows whatever I and K,
+and as (I·K, R) it meets the weight (O, I·K) in a GEMM without a copy of either.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.kernels._op import autocast_dtype, flop_formula, under_transform, without_autocast
+
+# A block's basis: on a CPU what L2 holds a few of, and malloc keeps for the next block; on a GPU what keeps it busy.
+_CPU_BLOCK, _GPU_BLOCK = 2**19, 2**26  # bytes
+_MIN_ROWS = 64  # a GEMM of fewer rows rereads the weight too often; wide layers then exceed the block a little
+
+
+@dataclass(frozen=True)
+class Basis(ABC):
+    """What the functions of one input are. A subclass is a frozen dataclass of plain numbers and strings.
+
+    Methods take x (*, I, R), float32 or float64, I features by R positions, and the basis's tensors (as knots, one row
+    a feature), and give one function a slice along a new axis: (*, I, K, R). With gradients enabled they must be
+    differentiable, once more than is asked of the layer; without, they may work in place.
+    """
+
+    kinds: ClassVar[dict[str, type["Basis"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Basis.kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        # An operator's arguments are tensors, numbers and strings: a basis travels as text, which export can store.
+        object.__setattr__(self, "spec", json.dumps({"basis": type(self).__name__, **asdict(self)}))
+
+    spec: ClassVar[str]
+    """The basis as JSON; set on each instance."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of functions K."""
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors the functions depend on, besides x."""
+        return 0
+
+    @property
+    @abstractmethod
+    def flops(self) -> tuple[int, int]:
+        """FLOPs an input of `values`, and of `values_and_slopes`."""
+
+    @abstractmethod
+    def values(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The K functions at x."""
+
+    @abstractmethod
+    def values_and_slopes(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The K functions at x and their derivatives by x, which share most of their work."""
+
+    def pullback(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Values at x; then grad (*, I, K, R) pulled back to x, and to each tensor if the basis learns them."""
+        values, slopes = self.values_and_slopes(x, *tensors)
+        weighted = slopes * grad if torch.is_grad_enabled() else slopes.mul_(grad)
+        return values, weighted.sum(-2)
+
+
+@lru_cache(maxsize=256)
+def _parse(terms: str) -> tuple[Basis, ...]:
+    return tuple(Basis.kinds[fields.pop("basis")](**fields) for fields in json.loads(terms))
+
+
+def _split(bases: Sequence[Basis], tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """Deals out the flat list of tensors to the terms."""
+    ends = [sum(b.num_tensors for b in bases[: i + 1]) for i in range(len(bases))]
+    return [tensors[end - b.num_tensors : end] for b, end in zip(bases, ends, strict=True)]
+
+
+def _widen(dtype: torch.dtype) -> torch.dtype:
+    """The dtype functions are evaluated and sums are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a GEMM's operands. CPUs multiply float32 about as fast as bf16; elsewhere the weight decides."""
+    return _widen(weight.dtype) if weight.device.type == "cpu" else weight.dtype
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where a and b may be narrower than total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _blocks(x: Tensor, functions: int) -> Iterator[slice]:
+    """Row slices whose basis fits the block."""
+    rows, features = x.shape
+    budget = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+    step = max(_MIN_ROWS, budget // max(1, _widen(x.dtype).itemsize * features * functions))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def basis_linear_reference(
+    x: Tensor, terms: Sequence[tuple[Basis, Tensor, *tuple[Tensor, ...]]], bias: Tensor | None = None
+) -> Tensor:
+    """The definition, in plain torch: the whole basis, (N, I·K), then one linear map a term."""
+    y: Tensor | float = 0.0 if bias is None else bias
+    for basis, weight, *tensors in terms:
+        values = basis.values(x.to(_widen(x.dtype)).unsqueeze(-1), *tensors).squeeze(-1)  # (*, I, K)
+        y = y + F.linear(values.flatten(-2), weight.flatten(1).to(values.dtype))
+    assert isinstance(y, Tensor), "no terms"
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("archzoo::basis_linear", mutates_args=())
+@without_autocast
+@torch.no_grad()
+def basis_linear_op(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: list[Tensor], terms: str) -> Tensor:
+    """x (N, I), one weight (O, I, K) a term -> (N, O) in the weights' dtype. `terms` is a JSON list of bases."""
+    bases, product = _parse(terms), _product_dtype(weights[0])
+    outputs = weights[0].shape[0]
+    y = x.new_empty(x.shape[0], outputs, dtype=weights[0].dtype)
+    matrices = [w.reshape(outputs, -1).to(product) for w in weights]
+    for rows in _blocks(x, max(b.size for b in bases)):
+        block = x[rows].t().to(_widen(x.dtype)).contiguous()  # (I, R)
+        total = y[rows] if y.dtype == _widen(product) else y.new_empty(y[rows].shape, dtype=_widen(product))
+        if bias is None:
+            total.zero_()
+        else:
+            total.copy_(bias)
+        for basis, matrix, own in zip(bases, matrices, _split(bases, tensors), strict=True):
+            values = basis.values(block, *own).flatten(0, 1).to(product)  # (I·K, R)
+            _accumulate(total, values.t(), matrix.t())
+        if y.dtype != total.dtype:
+            y[rows] = total
+    return y
+
+
+@torch.library.custom_op("archzoo::basis_linear_backward", mutates_args=())
+@without_autocast
+@torch.no_grad()
+def basis_linear_backward_op(
+    grad: Tensor, x: Tensor, weights: list[Tensor], tensors: list[Tensor], terms: str, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients by x, each weight and each tensor, in this order; only those that `needs` asks for."""
+    bases, product = _parse(terms), _product_dtype(weights[0])
+    needs_x, needs_weights, needs_tensors = needs[0], needs[1 : 1 + len(bases)], _split(bases, needs[1 + len(bases) :])
+    x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
+    weight_grads = [
+        torch.zeros(w.shape if need else (0, 0, 0), dtype=_widen(product), device=w.device).flatten(1)
+        for w, need in zip(weights, needs_weights, strict=True)
+    ]
+    tensor_grads = [torch.zeros_like(t, dtype=_widen(t.dtype)) for t in tensors]
+    matrices = [w.reshape(w.shape[0], -1).to(product) for w in weights]
+    for rows in _blocks(x, max(b.size for b in bases)):
+        block = x[rows].t().to(_widen(x.dtype)).contiguous()  # (I, R)
+        above = grad[rows].t().to(product)  # (O, R)
+        below: Tensor | None = None
+        for term, (basis, matrix, own, own_grads) in enumerate(
+            zip(bases, matrices, _split(bases, tensors), _split(bases, tensor_grads), strict=True)
+        ):
+            if needs_x or any(needs_tensors[term]):
+                values_grad = (matrix.t() @ above).to(block.dtype).view(-1, basis.size, block.shape[1])
+                values, own_below, *pulled = basis.pullback(block, values_grad, *own)
+                below = own_below if below is None else below.add_(own_below)
+                for total, part in zip(own_grads, pulled, strict=False):
+                    total += part
+            else:
+                values = basis.values(block, *own)
+            if needs_weights[term]:
+                _accumulate(weight_grads[term], above, values.flatten(0, 1).to(product).t())
+        if needs_x and below is not None:
+            x_grad[rows] = below.t()
+    inputs, grads = [x, *weights, *tensors], [x_grad, *weight_grads, *tensor_grads]
+    return [g.view(t.shape).to(t.dtype) for g, t, need in zip(grads, inputs, needs, strict=True) if need]
+
+
+@basis_linear_op.register_fake
+def _(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: list[Tensor], terms: str) -> Tensor:
+    return x.new_empty(x.shape[0], weights[0].shape[0], dtype=weights[0].dtype)
+
+
+@basis_linear_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, weights: list[Tensor], tensors: list[Tensor], terms: str, needs: list[bool]
+) -> list[Tensor]:
+    inputs = [x, *weights, *tensors]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip(inputs, needs, strict=True)
+        if need
+    ]
+
+
+@without_autocast
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, weights: list[Tensor], tensors: list[Tensor], terms: str, needs: list[bool]
+) -> list[Tensor]:
+    """What `basis_linear_backward_op` computes, in torch that can be differentiated again."""
+    bases = _parse(terms)
+    block, above = x.t().to(_widen(x.dtype)), grad.t().to(_widen(weights[0].dtype))
+    x_grad, weight_grads, tensor_grads = torch.zeros_like(block), [], []
+    for basis, weight, own in zip(bases, weights, _split(bases, tensors), strict=True):
+        values_grad = (weight.flatten(1).to(above.dtype).t() @ above).to(block.dtype)
+        values, below, *pulled = basis.pullback(block, values_grad.view(-1, basis.size, block.shape[1]), *own)
+        x_grad = x_grad + below
+        weight_grads.append((above @ values.flatten(0, 1).to(above.dtype).t()).view(weight.shape))
+        tensor_grads += [*pulled, *own][: basis.num_tensors]
+    grads, inputs = [x_grad.t(), *weight_grads, *tensor_grads], [x, *weights, *tensors]
+    return [g.to(t.dtype) for g, t, need in zip(grads, inputs, needs, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, _, tensors, ctx.terms = inputs
+    ctx.counts = len(weights), len(tensors)
+    ctx.save_for_backward(x, *weights, *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    count, tensor_count = ctx.counts
+    x_need, weight_needs, bias_need, tensor_needs, _ = ctx.needs_input_grad
+    needs = [x_need, *weight_needs, *tensor_needs]
+    # With create_graph=True the gradients are themselves differentiated, which an opaque operator cannot be.
+    backward = _differentiable_backward if torch.is_grad_enabled() else basis_linear_backward_op
+    found = iter(backward(grad, x, rest[:count], rest[count:], ctx.terms, needs))
+    x_grad, *grads = (next(found) if need else None for need in needs)
+    return x_grad, grads[:count], grad.sum(0) if bias_need else None, grads[count : count + tensor_count], None
+
+
+basis_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@flop_formula(torch.ops.archzoo.basis_linear)
+def _flops(
+    x: Sequence[int], weights: Sequence[Sequence[int]], bias: Any, tensors: Any, terms: str, **kwargs: Any
+) -> int:
+    rows, features = x
+    return sum(
+        rows * features * (basis.flops[0] + 2 * weight[0] * weight[2])
+        for basis, weight in zip(_parse(terms), weights, strict=True)
+    )
+
+
+@flop_formula(torch.ops.archzoo.basis_linear_backward)
+def _backward_flops(
+    grad: Any,
+    x: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    tensors: Any,
+    terms: str,
+    needs: list[bool],
+    **kwargs: Any,
+) -> int:
+    rows, features = x
+    total = 0
+    for basis, weight, need in zip(_parse(terms), weights, needs[1:], strict=False):
+        gemm = 2 * weight[0] * weight[2]
+        total += gemm * need + (basis.flops[1] + 2 * weight[2] + gemm if needs[0] else basis.flops[0])
+    return rows * features * total
+
+
+def basis_linear(
+    x: Tensor, terms: Sequence[tuple[Basis, Tensor, *tuple[Tensor, ...]]], bias: Tensor | None = None
+) -> Tensor:
+    r"""Sum of terms $\sum_{i,j} w_{oij} B_j(x_i)$ plus a bias.
+
+    The functions are evaluated in at least float32; only their product with the weights may be narrower, and it is
+    summed in float32. Under autocast the result has autocast's dtype, as that of `nn.Linear`; otherwise x's.
+    Differentiable any number of times; the second time on, in plain torch that keeps what it computes.
+
+    Args:
+        x: (*, I), any floating dtype.
+        terms: For each term its basis, its weight (O, I, K), and the basis's tensors, if it has any.
+        bias: (O,) or None.
+
+    Returns:
+        (*, O).
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    outputs, features = terms[0][1].shape[:2]
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be in_features={features}")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; it must be floating point, as the weight ({terms[0][1].dtype})")
+    for basis, weight, *own in terms:
+        if tuple(weight.shape) != (outputs, features, basis.size) or len(own) != basis.num_tensors:
+            raise ValueError(
+                f"the term of {basis} has weight {tuple(weight.shape)} and {len(own)} tensors; "
+                f"it needs ({outputs}, {features}, {basis.size}) and {basis.num_tensors}"
+            )
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({outputs},)")
+    if under_transform():
+        return basis_linear_reference(x, terms, bias)
+    # Under autocast the weights are narrowed, as nn.Linear's are; x is not, since the functions need its digits.
+    narrow, dtype = autocast_dtype(x), terms[0][1].dtype
+    dtype = narrow if narrow.itemsize < dtype.itemsize else torch.promote_types(narrow, dtype)
+    y = basis_linear_op(
+        x.reshape(-1, features),
+        [term[1].to(dtype) for term in terms],
+        None if bias is None else bias.to(dtype),
+        [tensor for term in terms for tensor in term[2:]],
+        "[" + ", ".join(term[0].spec for term in terms) + "]",
+    )
+    return y.to(narrow).reshape(*x.shape[:-1], outputs)

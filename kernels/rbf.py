@@ -1,0 +1,44 @@
+r"""Gaussian bumps $r_j(x) = \exp(-((x - c_j) / h)^2)$, FastKAN's stand-in for cubic B-splines (arXiv 2405.06721)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from archzoo.kernels.basis_linear import Basis
+
+
+@dataclass(frozen=True)
+class RBF(Basis):
+    """`count` Gaussians of one bandwidth h, the same for every feature. Methods take their centres (count,)."""
+
+    count: int
+    bandwidth: float
+
+    @property
+    def size(self) -> int:
+        """K, functions an input."""
+        return self.count
+
+    @property
+    def num_tensors(self) -> int:
+        """The centres."""
+        return 1
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """FLOPs an input: subtract, scale, square, negate, exp; then two products for the slope."""
+        return 5 * self.count, 7 * self.count
+
+    def values(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """(*, I, R) -> (*, I, K, R)."""
+        return self._distance(x, tensors[0]).square().neg_().exp_()
+
+    def values_and_slopes(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Functions and derivatives, (*, I, K, R) each."""
+        d = self._distance(x, tensors[0])
+        r = d.square().neg_().exp_()
+        return r, (d * r).mul_(-2 / self.bandwidth)
+
+    def _distance(self, x: Tensor, centres: Tensor) -> Tensor:
+        scale = 1 / self.bandwidth
+        return (x * scale).unsqueeze(-2) - (centres.to(x.dtype) * scale).unsqueeze(-1)
