@@ -61,7 +61,9 @@ def test_initial_weights_and_centres():
     torch.testing.assert_close(layer.grid, torch.linspace(-2, 2, 8))
 
 
-@pytest.mark.parametrize("base_activation", [torch.sin, nn.SiLU(), "zero", None], ids=["function", "module", "zero", "none"])
+@pytest.mark.parametrize(
+    "base_activation", [torch.sin, nn.SiLU(), "zero", None], ids=["function", "module", "zero", "none"]
+)
 def test_any_base(base_activation):
     layer, x = FastKANLinear(3, 4, base_activation=base_activation, **double), torch.randn(5, 3, **double)
     base = 0 if layer.base_weight is None else base_activation(x) @ layer.base_weight.t()

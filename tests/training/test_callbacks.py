@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tests.training.support import Blobs, make_config
 from torch import nn
 
 import archzoo
 from archzoo.training.callbacks import Callback, GridUpdate, RegularizationWarmup, SparsityScheduleCallback, callbacks
 from archzoo.training.checkpoint import load_checkpoint, save_checkpoint
 from archzoo.training.loop import Interrupted, Trainer
+from tests.training.support import Blobs, make_config
 
 
 def fit(model, callback, steps=10, **trainer):
