@@ -18,7 +18,9 @@ def layer_table() -> str:
     lines = ["| name | class | paper | what of it was reproduced here |", "|---|---|---|---|"]
     for name in list_layers():
         c = card(name)
-        source = f"[{c.authors}, {c.year}](https://arxiv.org/abs/{c.arxiv})" if c.arxiv else f"{c.authors}, {c.year}"
+        names = c.authors.split(", ")
+        authors = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
+        source = f"[{authors}, {c.year}](https://arxiv.org/abs/{c.arxiv})" if c.arxiv else f"{authors}, {c.year}"
         lines.append(f"| `{name}` | `{get_layer(name).cls.__name__}` | {source} | {c.reproduced} |")
     return "\n".join(lines)
 
