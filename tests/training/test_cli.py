@@ -122,6 +122,15 @@ def test_a_sweep_is_compared_and_not_trained_twice(tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/model.safetensors")} == times
 
 
+def test_flops_can_be_the_budget(tmp_path):
+    train("layer=linear,kan,phm", "budget.match=flops", f"output_dir={tmp_path}", *FAST)
+    found = records(tmp_path)
+    target = found["linear-seed0"]["flops"]
+    for name in ("kan-seed0", "phm-seed0"):
+        assert abs(found[name]["flops"] / target - 1) <= 0.01
+        assert found[name]["parameters"] != found["linear-seed0"]["parameters"]
+
+
 def test_an_experiments_sweep_can_be_narrowed_on_the_command_line(tmp_path):
     train("experiment=digits", "layer=linear", "seed=0,5", f"output_dir={tmp_path}", *FAST)
     assert sorted(records(tmp_path)) == ["linear-seed0", "linear-seed5"]

@@ -190,6 +190,16 @@ def test_other_precisions_train(precision):
     assert trainer.best["val/accuracy"] > 0.8
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss():
+    losses = []
+    for compiled in (False, True):
+        lines = []
+        train(make_config(trainer={"compile": compiled, "steps": 20}), record=lines.append)
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_budget_in_seconds_ends_in_time():
     trainer = train(make_config(trainer={"steps": None, "seconds": 0.3, "eval_every": 10_000}))
     assert trainer.step > 10
