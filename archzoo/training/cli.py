@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _store_schema()
         plan = make_plan(argv)
         if plan is None:  # --help, --cfg and the like
-            _hydra_main(argv)
+            _hydra_main(_without_sweeps(argv))
             return 0
         if len(plan.configs) > 1:
             print(f"checking {len(plan.configs)} runs, to be in {plan.configs[0].output_dir}", file=sys.stderr)
@@ -130,7 +130,7 @@ def make_plan(argv: list[str]) -> Plan | None:
     if args.config_dir:
         overrides += parser.parse_overrides([f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"])
     folder = config_folder()
-    with initialize_config_dir(str(folder), version_base="1.3", job_name="train"):
+    with initialize_config_dir(str(folder), job_name="train", **_version_base()):
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         _store_layers(overrides, folder)
         base = _compose(args.config_name or "train", fixed, folder)
@@ -147,6 +147,20 @@ def make_plan(argv: list[str]) -> Plan | None:
         argv = ["--multirun", *argv]
     parallel = not str(base.hydra.launcher.get("_target_", "")).endswith("BasicLauncher")
     return Plan(argv, configs, multirun, parallel)
+
+
+def _without_sweeps(argv: list[str]) -> list[str]:
+    """Takes the first value of every sweep: what is shown is one run's configuration."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    shown: list[str] = []
+    for argument in argv:
+        override = None if argument.startswith("-") or "=" not in argument else parser.parse_override(argument)
+        if override is not None and override.is_sweep_override():
+            argument = f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+        shown.append(argument)
+    return shown
 
 
 def _compose_jobs(name: str, jobs: list[list[str]], folder: Path) -> list[TrainConfig]:
@@ -242,10 +256,25 @@ def to_config(composed: "DictConfig") -> TrainConfig:
     return TrainConfig(**{key: _PARTS[key](**value) if key in _PARTS else value for key, value in plain.items()})
 
 
+def _version_base() -> dict[str, Any]:
+    """Asks hydra 1.3 for its present defaults; 1.4 has them anyway, and warns of the argument."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
+
 def _store_schema() -> None:
+    _store(None, "schema", TrainConfig)
+
+
+def _store(group: str | None, name: str, node: Any) -> None:
+    """Puts a config beside the YAML files, once: hydra 1.4 warns of a second time."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    store = ConfigStore.instance()
+    known = store.repo if group is None else store.repo.get(group, {})
+    if f"{name}.yaml" not in known:
+        store.store(name=name, group=group, node=node)
 
 
 def _store_layers(overrides: "list[Override]", folder: Path) -> None:
@@ -258,14 +287,12 @@ def _store_layers(overrides: "list[Override]", folder: Path) -> None:
     missing = [c for c in chosen if not (folder / "layer" / f"{c}.yaml").exists()]
     if not missing:
         return
-    from hydra.core.config_store import ConfigStore
-
     from archzoo.registry import get_layer, layer_options
 
     for name in set(missing) & set(_registered_layers()):
         bias = inspect.signature(get_layer(name).cls).parameters["bias"].default
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in layer_options(name).items()}
-        ConfigStore.instance().store(group="layer", name=name, node={"name": name, "bias": bias, **options})
+        _store("layer", name, {"name": name, "bias": bias, **options})
 
 
 def _registered_layers() -> list[str]:
@@ -403,7 +430,7 @@ def _hydra_main(argv: list[str]) -> None:
 
     before, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")(run_job)()
+        hydra.main(config_path=str(config_folder()), config_name="train", **_version_base())(run_job)()
     finally:
         sys.argv = before
 
