@@ -68,15 +68,11 @@ def measure(runs: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measures and prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="alternating runs of each")
-    runs = parser.parse_args().runs
+    runs = parser.parse_args(argv).runs
     if runs < 1:
         parser.error(f"--runs {runs}: must be at least 1")
     print(json.dumps(measure(runs)))
-
-
-if __name__ == "__main__":
-    main()

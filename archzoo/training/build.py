@@ -74,8 +74,12 @@ def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
     return models.create(name, _factory(layer), task.input_shape, task.output_size, **options)
 
 
-def _settings(group: str, values: dict[str, Any]) -> str:
-    return " ".join([f"{group}={values['name']}", *(f"{group}.{k}={v}" for k, v in values.items() if k != "name")])
+def _refused(group: str, values: dict[str, Any], error: Exception) -> ConfigError:
+    """What a class says of its arguments, in terms of the config: `grid_size=0: …` becomes `layer.grid_size=0: …`."""
+    text = str(error)
+    if any(text.startswith(f"{key}=") for key in values):
+        return ConfigError(f"{group}.{text} ({group} {values['name']})")
+    return ConfigError(f"{group}={values['name']}: {text}")
 
 
 def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...]) -> int:
@@ -97,7 +101,8 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
     try:
         own = _count(config, layer, task, _widths(config)) if _allowed(config, layer, task) else None
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{_settings('layer', layer)}: {error}") from error
+        group = "model" if any(str(error).startswith(f"{key}=") for key in config.model) else "layer"
+        raise _refused(group, config.model if group == "model" else layer, error) from error
     if budget.match == "none":
         return None
     if isinstance(budget.to, str):
@@ -191,7 +196,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             **options,
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{_settings('optimizer', vars(config))}: {error}") from error
+        raise _refused("optimizer", vars(config), error) from error
 
 
 class Schedule:

@@ -190,8 +190,10 @@ class Trainer:
             if accumulate > 1:
                 loss = loss / accumulate
             if self.device.type == "cpu":  # on a GPU, reading the loss would wait for it: there it is read when logged
-                self._check_finite(loss.item())
-            total = total + loss.detach()
+                self._check_finite(value := loss.item())
+                total += value
+            else:
+                total = total + loss.detach()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if clip is not None:
             if self.scaler is not None:
