@@ -10,11 +10,12 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+
+from benchmarks._record import environment
 
 GOAL = 1.15
 OURS = "import archzoo; archzoo.list_layers()"
@@ -50,6 +51,7 @@ def measure(runs: int) -> dict[str, object]:
     ratio = least["ours"] / least["peer"]
     return {
         "benchmark": "import_cost",
+        "command": f"python -m benchmarks import_cost --runs {runs}",
         "code": OURS,
         "peer": peer,
         "ratio": round(ratio, 3),
@@ -59,12 +61,8 @@ def measure(runs: int) -> dict[str, object]:
         "ours_cpu_s": round(least["ours"], 3),
         "peer_cpu_s": round(least["peer"], 3),
         "runs": runs,
-        "device": platform.processor() or platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "archzoo")},
-            "triton": version("triton") if peer == TORCH_AND_TRITON else None,
-        },
+        "triton": version("triton") if peer == TORCH_AND_TRITON else None,
+        **environment(),
     }
 
 

@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
         json.dumps(
             {
                 "benchmark": "trainer_overhead",
+                "command": f"python -m benchmarks trainer_overhead --steps {args.steps} --repeats {args.repeats}",
                 "ratio": round(best[0] / best[1], 4),
                 "ratio_of_each_pair": [round(a / b, 4) for a, b in times],
                 "step_us_bare": round(best[1] / args.steps * 1e6, 1),

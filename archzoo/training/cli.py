@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED = 1, 2, 3, 5
 IMPORTS = "ARCHZOO_IMPORT"  # modules named by --import, for the processes of a parallel sweep
 RUNS = "ARCHZOO_RUNS"  # number of runs of the sweep, for the same
+STOP = "ARCHZOO_STOP"  # a file that appears when the sweep is to stop, for the same
 _PARTS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
@@ -385,8 +387,8 @@ _progress: "list[Progress]" = []
 
 
 def should_stop() -> bool:
-    """Whether a signal has asked this process to stop."""
-    return bool(_stop_signal)
+    """Whether a signal has asked this process, or the one that started the sweep, to stop."""
+    return bool(_stop_signal) or (STOP in os.environ and os.path.exists(os.environ[STOP]))  # noqa: PTH110 - once a step
 
 
 def _on_signal(number: int, frame: Any) -> None:
@@ -395,6 +397,8 @@ def _on_signal(number: int, frame: Any) -> None:
         os.kill(os.getpid(), number)
         return
     _stop_signal.append(number)
+    if STOP in os.environ:  # a launcher's processes get no signal that was sent to this one
+        Path(os.environ[STOP]).touch()
     print("stopping after this step; the same command goes on from here (again to stop at once)", file=sys.stderr)
 
 
@@ -440,8 +444,11 @@ def _train(plan: Plan, began: float) -> int:
 
     os.environ[RUNS] = str(len(plan.configs))
     progress = SweepProgress(len(plan.configs), bars=False if plan.parallel else None)
-    if not plan.parallel:
+    stop_folder = tempfile.TemporaryDirectory() if plan.parallel else None
+    if stop_folder is None:
         _progress.append(progress)
+    else:
+        os.environ[STOP] = str(Path(stop_folder.name) / "stop")
     handlers = {n: signal.signal(n, _on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         _hydra_main(plan.argv)
@@ -450,6 +457,9 @@ def _train(plan: Plan, began: float) -> int:
         _progress.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if stop_folder is not None:
+            del os.environ[STOP]
+            stop_folder.cleanup()
     return _report(plan, began)
 
 
@@ -496,7 +506,7 @@ def _print_places(root: Path, folders: list[Path], plan: Plan, statuses: list[st
         print("in W&B:      not mirrored (tracker.wandb=disabled)")
     if tracker.tensorboard:
         print(f"TensorBoard: tensorboard --logdir {root}")
-    if _stop_signal or "failed" in counts or "diverged" in counts:
+    if set(counts) != {"done"}:
         again = "the same command goes on" if _stop_signal else "sweep.retry_failed=true trains the others again"
         print(f"not all runs are done: {again}")
 

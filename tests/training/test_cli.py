@@ -139,9 +139,7 @@ def test_an_experiments_sweep_can_be_narrowed_on_the_command_line(tmp_path):
 def test_one_run_that_diverges_and_one_that_fails_leave_the_others_alone(tmp_path, capsys):
     settings = [f"output_dir={tmp_path}", *FAST, "optimizer=sgd", "model.norm=none"]
     train("optimizer.lr=1e-2,1e30", "model.depth=1,2", *settings, expect=5)
-    by_status = sorted(r["status"] for r in records(tmp_path).values())
     statuses = sorted(json.loads(p.read_text())["status"] for p in tmp_path.glob("*/run.json"))
-    assert by_status
     assert statuses == ["diverged", "diverged", "done", "done"]
     captured = capsys.readouterr()
     assert "diverged: the loss became" in captured.err
@@ -202,6 +200,21 @@ def test_a_layer_of_the_users_own_is_swept_like_any_other(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert records(tmp_path / "out")["my_own-seed0"]["config"]["layer"] == {"name": "my_own", "bias": True, "gain": 2.0}
+
+
+def test_a_signal_stops_runs_side_by_side_too(tmp_path):
+    settings = ["seed=0,1,2", "trainer.steps=20000", "trainer.epochs=null", "tracker=none", f"output_dir={tmp_path}"]
+    command = [*TRAIN, *settings, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to this process alone, as `kill` and SLURM do
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert [r["status"] for r in records(tmp_path).values()] == ["interrupted", "interrupted"], "the third never starts"
+    assert len(list(tmp_path.glob("*/checkpoints/step_*"))) == 2
+    assert "the same command goes on" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

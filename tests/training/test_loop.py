@@ -170,7 +170,9 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
     assert trainer.eval_model is not trainer.model
     first, averaged = next(trainer.model.parameters()), next(trainer.eval_model.parameters())
     assert not torch.equal(first, averaged)
-    assert same(trainer.best_weights, trainer.best_weights)
+    last = train(make_config(trainer={"ema_decay": 0.9, "eval_every": 12}))  # one evaluation, at the end
+    assert same(last.best_weights, weights(last.eval_model))
+    assert not same(last.best_weights, weights(last.model))
 
 
 def test_the_best_weights_are_those_of_the_best_evaluation():
