@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,6 +46,14 @@ def without_autocast(implementation: Function) -> Function:
 def under_transform() -> bool:
     """Whether a `torch.func` transform is at work, which custom ops do not support and plain torch does."""
     return torch._C._are_functorch_transforms_active()
+
+
+def plain_eager(x: Tensor) -> bool:
+    """Whether nothing needs to see an op as one: no compiler, export, meta or fake tensor, no counter of FLOPs.
+
+    Then its implementation may be called without the dispatcher, which costs 50 to 100 us an op and its backward.
+    """
+    return type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 def differentiable_gradients(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import autocast_dtype, flop_formula, under_transform, without_autocast
+from archzoo.kernels._op import autocast_dtype, flop_formula, plain_eager, under_transform, without_autocast
 
 # A block's basis: on a CPU what L2 holds a few of, and malloc keeps for the next block; on a GPU what keeps it busy.
 _CPU_BLOCK, _GPU_BLOCK = 2**19, 2**26  # bytes
@@ -83,24 +83,25 @@ class Basis(ABC):
 
 
 @lru_cache(maxsize=256)
-def _parse(terms: str) -> tuple[Basis, ...]:
+def parse(terms: str) -> tuple[Basis, ...]:
+    """The bases of a JSON list of them."""
     return tuple(Basis.kinds[fields.pop("basis")](**fields) for fields in json.loads(terms))
 
 
-def _split(bases: Sequence[Basis], tensors: Sequence[Any]) -> list[Sequence[Any]]:
+def split(bases: Sequence[Basis], tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """Deals out the flat list of tensors to the terms."""
     ends = [sum(b.num_tensors for b in bases[: i + 1]) for i in range(len(bases))]
     return [tensors[end - b.num_tensors : end] for b, end in zip(bases, ends, strict=True)]
 
 
-def _widen(dtype: torch.dtype) -> torch.dtype:
+def widen(dtype: torch.dtype) -> torch.dtype:
     """The dtype functions are evaluated and sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a GEMM's operands. CPUs multiply float32 about as fast as bf16; elsewhere the weight decides."""
-    return _widen(weight.dtype) if weight.device.type == "cpu" else weight.dtype
+    return widen(weight.dtype) if weight.device.type == "cpu" else weight.dtype
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -115,7 +116,7 @@ def _blocks(x: Tensor, functions: int) -> Iterator[slice]:
     """Row slices whose basis fits the block."""
     rows, features = x.shape
     budget = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
-    step = max(_MIN_ROWS, budget // max(1, _widen(x.dtype).itemsize * features * functions))
+    step = max(_MIN_ROWS, budget // max(1, widen(x.dtype).itemsize * features * functions))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -125,29 +126,28 @@ def basis_linear_reference(
     """The definition, in plain torch: the whole basis, (N, I·K), then one linear map a term."""
     y: Tensor | float = 0.0 if bias is None else bias
     for basis, weight, *tensors in terms:
-        values = basis.values(x.to(_widen(x.dtype)).unsqueeze(-1), *tensors).squeeze(-1)  # (*, I, K)
+        values = basis.values(x.to(widen(x.dtype)).unsqueeze(-1), *tensors).squeeze(-1)  # (*, I, K)
         y = y + F.linear(values.flatten(-2), weight.flatten(1).to(values.dtype))
     assert isinstance(y, Tensor), "no terms"
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("archzoo::basis_linear", mutates_args=())
 @without_autocast
 @torch.no_grad()
-def basis_linear_op(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: list[Tensor], terms: str) -> Tensor:
+def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: list[Tensor], terms: str) -> Tensor:
     """x (N, I), one weight (O, I, K) a term -> (N, O) in the weights' dtype. `terms` is a JSON list of bases."""
-    bases, product = _parse(terms), _product_dtype(weights[0])
+    bases, product = parse(terms), product_dtype(weights[0])
     outputs = weights[0].shape[0]
     y = x.new_empty(x.shape[0], outputs, dtype=weights[0].dtype)
     matrices = [w.reshape(outputs, -1).to(product) for w in weights]
     for rows in _blocks(x, max(b.size for b in bases)):
-        block = x[rows].t().to(_widen(x.dtype)).contiguous()  # (I, R)
-        total = y[rows] if y.dtype == _widen(product) else y.new_empty(y[rows].shape, dtype=_widen(product))
+        block = x[rows].t().to(widen(x.dtype)).contiguous()  # (I, R)
+        total = y[rows] if y.dtype == widen(product) else y.new_empty(y[rows].shape, dtype=widen(product))
         if bias is None:
             total.zero_()
         else:
             total.copy_(bias)
-        for basis, matrix, own in zip(bases, matrices, _split(bases, tensors), strict=True):
+        for basis, matrix, own in zip(bases, matrices, split(bases, tensors), strict=True):
             values = basis.values(block, *own).flatten(0, 1).to(product)  # (I·K, R)
             _accumulate(total, values.t(), matrix.t())
         if y.dtype != total.dtype:
@@ -155,28 +155,27 @@ def basis_linear_op(x: Tensor, weights: list[Tensor], bias: Tensor | None, tenso
     return y
 
 
-@torch.library.custom_op("archzoo::basis_linear_backward", mutates_args=())
 @without_autocast
 @torch.no_grad()
-def basis_linear_backward_op(
+def _gradients(
     grad: Tensor, x: Tensor, weights: list[Tensor], tensors: list[Tensor], terms: str, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients by x, each weight and each tensor, in this order; only those that `needs` asks for."""
-    bases, product = _parse(terms), _product_dtype(weights[0])
-    needs_x, needs_weights, needs_tensors = needs[0], needs[1 : 1 + len(bases)], _split(bases, needs[1 + len(bases) :])
+    bases, product = parse(terms), product_dtype(weights[0])
+    needs_x, needs_weights, needs_tensors = needs[0], needs[1 : 1 + len(bases)], split(bases, needs[1 + len(bases) :])
     x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
     weight_grads = [
-        torch.zeros(w.shape if need else (0, 0, 0), dtype=_widen(product), device=w.device).flatten(1)
+        torch.zeros(w.shape if need else (0, 0, 0), dtype=widen(product), device=w.device).flatten(1)
         for w, need in zip(weights, needs_weights, strict=True)
     ]
-    tensor_grads = [torch.zeros_like(t, dtype=_widen(t.dtype)) for t in tensors]
+    tensor_grads = [torch.zeros_like(t, dtype=widen(t.dtype)) for t in tensors]
     matrices = [w.reshape(w.shape[0], -1).to(product) for w in weights]
     for rows in _blocks(x, max(b.size for b in bases)):
-        block = x[rows].t().to(_widen(x.dtype)).contiguous()  # (I, R)
+        block = x[rows].t().to(widen(x.dtype)).contiguous()  # (I, R)
         above = grad[rows].t().to(product)  # (O, R)
         below: Tensor | None = None
         for term, (basis, matrix, own, own_grads) in enumerate(
-            zip(bases, matrices, _split(bases, tensors), _split(bases, tensor_grads), strict=True)
+            zip(bases, matrices, split(bases, tensors), split(bases, tensor_grads), strict=True)
         ):
             if needs_x or any(needs_tensors[term]):
                 values_grad = (matrix.t() @ above).to(block.dtype).view(-1, basis.size, block.shape[1])
@@ -192,6 +191,10 @@ def basis_linear_backward_op(
             x_grad[rows] = below.t()
     inputs, grads = [x, *weights, *tensors], [x_grad, *weight_grads, *tensor_grads]
     return [g.view(t.shape).to(t.dtype) for g, t, need in zip(grads, inputs, needs, strict=True) if need]
+
+
+basis_linear_op = torch.library.custom_op("archzoo::basis_linear", mutates_args=())(_forward)
+basis_linear_backward_op = torch.library.custom_op("archzoo::basis_linear_backward", mutates_args=())(_gradients)
 
 
 @basis_linear_op.register_fake
@@ -216,10 +219,10 @@ def _differentiable_backward(
     grad: Tensor, x: Tensor, weights: list[Tensor], tensors: list[Tensor], terms: str, needs: list[bool]
 ) -> list[Tensor]:
     """What `basis_linear_backward_op` computes, in torch that can be differentiated again."""
-    bases = _parse(terms)
-    block, above = x.t().to(_widen(x.dtype)), grad.t().to(_widen(weights[0].dtype))
+    bases = parse(terms)
+    block, above = x.t().to(widen(x.dtype)), grad.t().to(widen(weights[0].dtype))
     x_grad, weight_grads, tensor_grads = torch.zeros_like(block), [], []
-    for basis, weight, own in zip(bases, weights, _split(bases, tensors), strict=True):
+    for basis, weight, own in zip(bases, weights, split(bases, tensors), strict=True):
         values_grad = (weight.flatten(1).to(above.dtype).t() @ above).to(block.dtype)
         values, below, *pulled = basis.pullback(block, values_grad.view(-1, basis.size, block.shape[1]), *own)
         x_grad = x_grad + below
@@ -231,23 +234,47 @@ def _differentiable_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, _, tensors, ctx.terms = inputs
-    ctx.counts = len(weights), len(tensors)
+    ctx.count = len(weights)
     ctx.save_for_backward(x, *weights, *tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
-    count, tensor_count = ctx.counts
+    count = ctx.count
     x_need, weight_needs, bias_need, tensor_needs, _ = ctx.needs_input_grad
     needs = [x_need, *weight_needs, *tensor_needs]
+    x_grad, *grads = _any_gradients(grad, x, rest, count, ctx.terms, needs, basis_linear_backward_op)
+    return x_grad, grads[:count], grad.sum(0) if bias_need else None, grads[count:], None
+
+
+def _any_gradients(
+    grad: Tensor, x: Tensor, rest: list[Tensor], count: int, terms: str, needs: list[bool], opaque: Any
+) -> list[Tensor | None]:
+    """Gradients by x and the rest, None where not needed."""
     # With create_graph=True the gradients are themselves differentiated, which an opaque operator cannot be.
-    backward = _differentiable_backward if torch.is_grad_enabled() else basis_linear_backward_op
-    found = iter(backward(grad, x, rest[:count], rest[count:], ctx.terms, needs))
-    x_grad, *grads = (next(found) if need else None for need in needs)
-    return x_grad, grads[:count], grad.sum(0) if bias_need else None, grads[count : count + tensor_count], None
+    backward = _differentiable_backward if torch.is_grad_enabled() else opaque
+    found = iter(backward(grad, x, rest[:count], rest[count:], terms, needs))
+    return [next(found) if need else None for need in needs]
 
 
 basis_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher, whose price a small layer feels."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: str, count: int, bias: Tensor | None, x: Tensor, *rest: Tensor) -> Tensor:
+        ctx.terms, ctx.count = terms, count
+        ctx.save_for_backward(x, *rest)
+        return _forward(x, list(rest[:count]), bias, list(rest[count:]), terms)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        _, _, bias_need, *needs = ctx.needs_input_grad
+        grads = _any_gradients(grad, x, rest, ctx.count, ctx.terms, needs, _gradients)
+        return None, None, grad.sum(0) if bias_need else None, *grads
 
 
 @flop_formula(torch.ops.archzoo.basis_linear)
@@ -257,7 +284,7 @@ def _flops(
     rows, features = x
     return sum(
         rows * features * (basis.flops[0] + 2 * weight[0] * weight[2])
-        for basis, weight in zip(_parse(terms), weights, strict=True)
+        for basis, weight in zip(parse(terms), weights, strict=True)
     )
 
 
@@ -273,7 +300,7 @@ def _backward_flops(
 ) -> int:
     rows, features = x
     total = 0
-    for basis, weight, need in zip(_parse(terms), weights, needs[1:], strict=False):
+    for basis, weight, need in zip(parse(terms), weights, needs[1:], strict=False):
         gemm = 2 * weight[0] * weight[2]
         total += gemm * need + (basis.flops[1] + 2 * weight[2] + gemm if needs[0] else basis.flops[0])
     return rows * features * total
@@ -317,11 +344,12 @@ def basis_linear(
     # Under autocast the weights are narrowed, as nn.Linear's are; x is not, since the functions need its digits.
     narrow, dtype = autocast_dtype(x), terms[0][1].dtype
     dtype = narrow if narrow.itemsize < dtype.itemsize else torch.promote_types(narrow, dtype)
-    y = basis_linear_op(
-        x.reshape(-1, features),
-        [term[1].to(dtype) for term in terms],
-        None if bias is None else bias.to(dtype),
-        [tensor for term in terms for tensor in term[2:]],
-        "[" + ", ".join(term[0].spec for term in terms) + "]",
-    )
+    rows, weights = x.reshape(-1, features), [term[1].to(dtype) for term in terms]
+    tensors = [tensor for term in terms for tensor in term[2:]]
+    text = "[" + ", ".join(term[0].spec for term in terms) + "]"
+    bias = None if bias is None else bias.to(dtype)
+    if plain_eager(x):
+        y = _Eager.apply(text, len(weights), bias, rows, *weights, *tensors)
+    else:
+        y = basis_linear_op(rows, weights, bias, tensors, text)
     return y.to(narrow).reshape(*x.shape[:-1], outputs)

@@ -128,7 +128,7 @@ BOUNDS = {
 def test_error_in_narrow_dtypes(case, dtype, product, monkeypatch):
     """Also with the GEMM in the weight's dtype, as off the CPU."""
     if product == "GPU":
-        monkeypatch.setattr(module, "_product_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
     inputs = case.inputs(200, 40, dtype=dtype)
     dy = torch.randn(200, 7).to(dtype)
     fixed = case.fixed(40, dtype)

@@ -37,7 +37,7 @@ def test_output_is_the_equation(layernorm, options):
 
 def test_a_single_feature_has_no_layernorm():
     assert FastKANLinear(1, 3).layernorm is None
-    with pytest.raises(ValueError, match="layernorm=True: normalising in_features=1"):
+    with pytest.raises(ValueError, match="layernorm=True: normalising a single feature"):
         FastKANLinear(1, 3, layernorm=True)
 
 
