@@ -15,7 +15,7 @@ from torch import Tensor
 from archzoo.kernels.basis_linear import Basis
 
 OUTSIDE = ("zero", "clamp", "linear")
-_S = 6.0 ** (-1 / 3)  # scales u so that the 1/6 of the cubic comes for nothing: (S p)^3 = p^3 / 6
+_S = (2 / 3) ** (1 / 3)  # scales u so that the 4/6 of the cubic comes for nothing: (S p)^3 = 4 p^3 / 6
 
 
 def cox_de_boor(x: Tensor, knots: Tensor, order: int, derivative: int = 0) -> Tensor:
@@ -92,7 +92,7 @@ class BSpline(Basis):
     def flops(self) -> tuple[int, int]:
         """FLOPs an input of the path taken; `outside="linear"` adds its tangent."""
         if self._closed:
-            values, both = 12 * self.size + 2, 17 * self.size + 2
+            values, both = 12 * self.size + 2, 16 * self.size + 2
         else:
             cells = self.intervals + 2 * self.order
             values = 3 * cells + 5 * sum(cells - degree for degree in range(1, self.order + 1))
@@ -139,7 +139,7 @@ class BSpline(Basis):
             values, slopes = self._values_and_slopes(inner, *tensors)
             return torch.addcmul(values, slopes, (x - inner).unsqueeze(-2))
         if self._closed and derivative <= 1:
-            b = self._cubic(inner, bool(derivative))[derivative]
+            b = self._values_and_slopes(inner)[1] if derivative else self._cubic(inner)
         else:
             b = cox_de_boor(inner, self.knots(x, *tensors), self.order, derivative)
         constant_outside = self.outside == "clamp" or (self.outside == "linear" and derivative > 1)
@@ -156,28 +156,44 @@ class BSpline(Basis):
 
     def _values_and_slopes(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         if self._closed:
-            return self._cubic(x, True)
+            values, slopes, scale = self._cubic_slopes(x)
+            return values, slopes.mul_(scale)
         knots = self.knots(x, *tensors)
         if self.order == 0:
             return cox_de_boor(x, knots, 0), cox_de_boor(x, knots, 0, 1)
         lower, t = cox_de_boor(x, knots, self.order - 1), knots.unsqueeze(-1)
         return _raised(lower, x.unsqueeze(-2), t, self.order), _differentiated(lower, t, self.order)
 
-    def _cubic(self, x: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-        """Values, and derivatives if asked for (else the values again), on uniform cubic knots."""
+    def pullback(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Values at x, and grad (*, I, K, R) pulled back to x."""
+        if not self._closed or self.outside != "zero" or torch.is_grad_enabled():
+            return super().pullback(x, grad, *tensors)
+        values, slopes, scale = self._cubic_slopes(x)
+        return values, slopes.mul_(grad).sum(-2).mul_(scale)
+
+    # The closed form, p = max(1 - d, 0), q = max(2 - d, 0): B = (q^3 - 4 p^3) / 6 and B' = -sign(u) (q^2 - 4 p^2) / 2h.
+    # Scaled by S, with signs turned so that each step is one pass in place: B = (-Sp)^3 - (-Sq)^3 / 4.
+
+    def _distance(self, x: Tensor) -> Tensor:
+        """S (x - centre) / h, (*, I, K, R)."""
         assert self.start is not None
         assert self.step is not None
         centres = torch.arange(-1, self.size - 1, dtype=x.dtype, device=x.device) * _S
-        u = ((x - self.start) * (_S / self.step)).unsqueeze(-2) - centres.unsqueeze(-1)  # signed, (*, I, K, R)
-        distance = u.abs() if slopes else u.abs_()
-        outer = distance.neg_().add_(2 * _S).relu_()  # S max(2 - d, 0)
-        inner = (outer - _S).relu_()  # S max(1 - d, 0)
-        if not slopes:
-            values = outer.pow_(3).sub_(inner.pow_(3), alpha=4)
-            return values, values
-        outer2, inner2 = outer * outer, inner * inner
-        values = outer.mul_(outer2).sub_(inner.mul_(inner2), alpha=4)
-        return values, outer2.sub_(inner2, alpha=4).mul_(u.sign_()).mul_(-1 / (2 * self.step * _S * _S))
+        return ((x - self.start) * (_S / self.step)).unsqueeze(-2) - centres.unsqueeze(-1)
+
+    def _cubic(self, x: Tensor) -> Tensor:
+        q = self._distance(x).abs_().sub_(2 * _S).clamp_max_(0)
+        return (q + _S).clamp_max_(0).pow_(3).sub_(q.pow_(3), alpha=0.25)
+
+    def _cubic_slopes(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Values, and slopes in units of the number that comes with them."""
+        assert self.step is not None
+        u = self._distance(x)
+        q = u.abs().sub_(2 * _S).clamp_max_(0)
+        p = (q + _S).clamp_max_(0)
+        p2, q2 = p * p, q * q
+        values = p.mul_(p2).sub_(q.mul_(q2), alpha=0.25)
+        return values, p2.sub_(q2, alpha=0.25).mul_(u.sign_()), 3 * _S / self.step
 
 
 class _Derivative(torch.autograd.Function):

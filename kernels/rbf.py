@@ -2,6 +2,7 @@ r"""Gaussian bumps $r_j(x) = \exp(-((x - c_j) / h)^2)$, FastKAN's stand-in for c
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from archzoo.kernels.basis_linear import Basis
@@ -31,13 +32,22 @@ class RBF(Basis):
 
     def values(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """(*, I, R) -> (*, I, K, R)."""
-        return self._distance(x, tensors[0]).square().neg_().exp_()
+        d = self._distance(x, tensors[0])
+        return d.square().neg().exp() if torch.is_grad_enabled() else d.square_().neg_().exp_()
 
     def values_and_slopes(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Functions and derivatives, (*, I, K, R) each."""
         d = self._distance(x, tensors[0])
+        r = d.square().neg().exp()
+        return r, d * r * (-2 / self.bandwidth)
+
+    def pullback(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Values at x, and grad (*, I, K, R) pulled back to x."""
+        if torch.is_grad_enabled():
+            return super().pullback(x, grad, *tensors)
+        d = self._distance(x, tensors[0])
         r = d.square().neg_().exp_()
-        return r, (d * r).mul_(-2 / self.bandwidth)
+        return r, d.mul_(r).mul_(grad).sum(-2).mul_(-2 / self.bandwidth)
 
     def _distance(self, x: Tensor, centres: Tensor) -> Tensor:
         scale = 1 / self.bandwidth
