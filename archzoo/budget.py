@@ -27,7 +27,14 @@ clamp_max maximum minimum sqrt rsqrt reciprocal where add_ mul_ sub_ div_ addcmu
 silu_backward gelu_backward threshold_backward tanh_backward sigmoid_backward
 """.split()  # noqa: SIM905
 # Statistics, normalisation, scale and shift, or the exponentials and their sum.
-_PER_ELEMENT = {"native_layer_norm": 8, "native_layer_norm_backward": 12, "_softmax": 4, "_log_softmax": 4}
+_PER_ELEMENT = {
+    "native_layer_norm": 8,
+    "native_layer_norm_backward": 12,
+    "native_batch_norm": 8,
+    "native_group_norm": 8,
+    "_softmax": 4,
+    "_log_softmax": 4,
+}
 
 
 def _elementwise_formulas() -> dict[Any, Callable[..., int]]:
@@ -44,7 +51,14 @@ def _elementwise_formulas() -> dict[Any, Callable[..., int]]:
             formulas[getattr(aten, name)] = lambda *args, out_shape=None, **kwargs: output_size(out_shape)
     for name, each in _PER_ELEMENT.items():
         formulas[getattr(aten, name)] = lambda *args, out_shape=None, each=each, **kw: each * output_size(out_shape)
+    # torch knows its attention kernels for GPUs only. Scores, their softmax, and the values' mean.
+    formulas[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     return formulas
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, queries, size = query
+    return int(batch * heads * queries * key[2] * (2 * size + 2 * value[3]))
 
 
 def count_flops(model: Callable[..., Any], *inputs: Tensor) -> int:

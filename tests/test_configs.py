@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,26 @@ from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 STEP = ["trainer.steps=1", "trainer.epochs=null", "trainer.seconds=null", "tracker=none", "trainer.limit_batches=1"]
-NEEDS_DATA = {"mnist", "fashion_mnist"}
+NEEDS_DATA = {"mnist", "fashion_mnist", "cifar10"}
+# What a model or a task must be run with, where the default layer, model or budget do not go with it.
+CONVOLUTIONS = ["model=cnn", "model.stem=8", "budget.to=conv2d"]
+FITTING = {
+    "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
+    "model=cnn": ["layer=conv2d", "budget.to=conv2d"],
+    "model=kan": ["layer=kan", "budget.match=none"],
+    "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
+    "task=poisson": ["layer=kan", "budget.match=none"],
+}
 
 
 def options(group):
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def skip_without_data(name):
-    if name in NEEDS_DATA and not os.environ.get("ARCHZOO_DATA"):
-        pytest.skip(f"{name} needs ARCHZOO_DATA, the folder of the data sets")
+def skip_without_data(words):
+    needed = NEEDS_DATA & set(words)
+    if needed and not os.environ.get("ARCHZOO_DATA"):
+        pytest.skip(f"{', '.join(needed)} needs ARCHZOO_DATA, the folder of the data sets")
 
 
 def trains(*arguments):
@@ -31,10 +42,11 @@ def trains(*arguments):
 
 @pytest.mark.parametrize("name", options("layer"))
 def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
-    trains(f"layer={name}", f"output_dir={tmp_path}", *STEP)
+    fitting = CONVOLUTIONS if get_layer(name).kind == "conv2d" else []
+    trains(f"layer={name}", f"output_dir={tmp_path}", *fitting, *STEP)
 
 
-@pytest.mark.parametrize("name", list_layers("linear"))
+@pytest.mark.parametrize("name", list_layers("linear") + list_layers("conv2d"))
 def test_every_layer_has_a_config_with_all_its_options(name):
     settings = yaml.safe_load((CONFIGS / "layer" / f"{name}.yaml").read_text())
     assert settings.pop("name") == name
@@ -45,14 +57,14 @@ def test_every_layer_has_a_config_with_all_its_options(name):
 
 @pytest.mark.parametrize("name", options("task"))
 def test_every_task_trains_a_step(name, tmp_path):
-    skip_without_data(name)
-    trains(f"task={name}", f"output_dir={tmp_path}", *STEP)
+    skip_without_data([name])
+    trains(f"task={name}", f"output_dir={tmp_path}", *FITTING.get(f"task={name}", []), *STEP)
 
 
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "tracker", "trainer", "model"])
 def test_every_option_of_the_other_groups_trains_a_step(group, tmp_path):
     for name in options(group):
-        trains(f"{group}={name}", f"output_dir={tmp_path / name}", *STEP)
+        trains(f"{group}={name}", f"output_dir={tmp_path / name}", *FITTING.get(f"{group}={name}", []), *STEP)
 
 
 @pytest.mark.parametrize("name", options("debug"))
@@ -64,6 +76,7 @@ def test_every_debug_preset_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_trains_a_step_of_each_run(name, tmp_path):
-    skip_without_data(name)
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    skip_without_data(re.findall(r"\w+", re.sub(r"(^|\s)#.*", "", text)))
     trains(f"experiment={name}", "seed=0,1", f"output_dir={tmp_path}", *STEP)
     assert (tmp_path / "report.html").exists()

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from archzoo.registry import LayerEntry, Registry, create_layer, get_layer
+from archzoo.registry import Kind, LayerEntry, Registry, create_layer, get_layer
 
 
 class BuildModel(Protocol):
@@ -25,20 +25,39 @@ class BuildModel(Protocol):
 
 
 class LayerFactory:
-    """A registered layer with its options filled in; calling it with the sizes builds one.
+    """A registered layer with its options filled in; calling it with what its kind takes builds one.
 
     Args:
         name: Registry name.
         options: Keyword arguments of every layer built, as `{"grid_size": 8}`.
+
+    >>> LayerFactory("linear", {"bias": False})(64, 32)
+    Linear(in_features=64, out_features=32, bias=False)
     """
 
     def __init__(self, name: str, options: dict[str, Any] | None = None):
         self.entry: LayerEntry = get_layer(name)
         self.options = dict(options or {})
 
-    def __call__(self, in_features: int, out_features: int) -> nn.Module:
-        """A fresh layer of these sizes."""
-        return create_layer(self.entry.name, in_features, out_features, **self.options)
+    def __call__(self, *sizes: Any, **arguments: Any) -> nn.Module:
+        """A fresh layer: `(in_features, out_features)`, or `(in_channels, out_channels, kernel_size, padding=1)`.
+
+        Raises:
+            ValueError: If an option is also an argument of this call, or the layer refuses a value.
+            TypeError: If the layer has no such option.
+        """
+        for key in self.options.keys() & arguments.keys():
+            raise ValueError(f"{key}={self.options[key]!r}: the model sets it to {arguments[key]!r}; leave it out")
+        return create_layer(self.entry.name, *sizes, **self.options, **arguments)
+
+
+def check_kind(layer: LayerFactory, model: str, kind: Kind) -> None:
+    """A ValueError unless the layer is of the kind that the model is made of."""
+    if layer.entry.kind != kind:
+        raise ValueError(
+            f"layer={layer.entry.name!r} is of kind {layer.entry.kind!r}, and model {model!r} is made of layers of "
+            f"kind {kind!r}, as {kind!r} itself; `archzoo.list_layers(kind={kind!r})` lists them"
+        )
 
 
 models: Registry[Callable[..., nn.Module]] = Registry("model", "archzoo.models")

@@ -19,7 +19,7 @@ TIMEOUT = 10.0
 """Seconds that a server may be silent."""
 DEADLINE = 600.0
 """Seconds that one download may take."""
-MAX_BYTES = 2**27
+MAX_BYTES = 2**28
 """More than any file of ours has: a server that sends more sends something else."""
 
 log = logging.getLogger(__name__)

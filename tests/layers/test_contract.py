@@ -209,7 +209,12 @@ def test_class_can_be_imported_from_archzoo(name):
     assert getattr(archzoo.layers, cls.__name__) is cls
 
 
-@every_layer(exempt={"linear": "torch.nn.Linear takes device and dtype by position too"})
+@every_layer(
+    exempt={
+        "linear": "torch.nn.Linear takes device and dtype by position too",
+        "conv2d": "torch.nn.Conv2d takes padding_mode, device and dtype by position too",
+    }
+)
 def test_signature_is_the_kinds_then_keyword_only_options_then_device_and_dtype(case):
     parameters = inspect.signature(case.entry.cls).parameters
     standard = list(parameters.values())[: len(case.sizes.standard)]
@@ -363,7 +368,10 @@ def test_bias_is_a_vector_that_can_be_left_out(case):
 
 
 @every_layer(
-    exempt={"linear": "torch.nn.Linear takes 0 outputs or inputs, and refuses -1 and 2.5 by errors of its own"}
+    exempt={
+        "linear": "torch.nn.Linear takes 0 outputs or inputs, and refuses -1 and 2.5 by errors of its own",
+        "conv2d": "torch.nn.Conv2d takes 0 channels, and refuses others by errors that name no argument",
+    }
 )
 def test_bad_sizes_are_refused_by_name(case):
     for name in case.sizes.args:
@@ -399,7 +407,12 @@ def test_empty_batch_has_gradients_of_zero(case):
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
-@every_layer(exempt={"linear": "torch.nn.Linear raises a RuntimeError about matrix shapes"})
+@every_layer(
+    exempt={
+        "linear": "torch.nn.Linear raises a RuntimeError about matrix shapes",
+        "conv2d": "torch.nn.Conv2d raises a RuntimeError about the channels, and takes an image without a batch axis",
+    }
+)
 def test_wrong_input_shape_is_refused_with_both_sizes(case):
     layer = case.build()
     right = case.sizes.x[case.sizes.feature_axis]
@@ -410,7 +423,12 @@ def test_wrong_input_shape_is_refused_with_both_sizes(case):
             assert re.search(rf"\b{shape[case.sizes.feature_axis]}\b", str(caught.value)), caught.value
 
 
-@every_layer(exempt={"linear": "torch.nn.Linear raises a RuntimeError about matrix dtypes"})
+@every_layer(
+    exempt={
+        "linear": "torch.nn.Linear raises a RuntimeError about matrix dtypes",
+        "conv2d": "torch.nn.Conv2d raises a RuntimeError about types",
+    }
+)
 def test_an_input_of_another_dtype_is_refused_or_computed_but_never_garbage(case):
     layer, x = case.generic(), case.x(4)
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):

@@ -25,6 +25,8 @@ BUILDS: list[Any] = [
     ("tabular", {"dataset": "diabetes"}),
     ("functions", {"train_size": 100, "test_size": 50, "noise": 0.1}),
     ("arithmetic", {"eval_size": 200}),
+    ("autoencoding", {"dataset": "digits"}),
+    ("poisson", {"n_interior": 100, "n_boundary": 20, "eval_side": 10}),
     pytest.param("mnist", {"train_size": 100}, marks=needs_data),
     pytest.param("fashion_mnist", {"train_size": 100}, marks=needs_data),
 ]
@@ -40,7 +42,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_registry_holds_the_tasks_and_config_group_the_same():
-    assert tasks.names() == ["arithmetic", "digits", "fashion_mnist", "functions", "mnist", "tabular"]
+    assert tasks.names() == [
+        "arithmetic",
+        "autoencoding",
+        "digits",
+        "fashion_mnist",
+        "functions",
+        "mnist",
+        "poisson",
+        "tabular",
+    ]
     assert tasks.names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
