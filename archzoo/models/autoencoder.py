@@ -4,8 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from archzoo.models.mlp import _activation
-from archzoo.models.model import LayerFactory, check_kind, register_model
+from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
 
 
 class Autoencoder(nn.Module):
@@ -60,7 +59,7 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = nn.Sequential(), nn.Sequential(nn.Linear(latent, sizes[-1]))
 
         def activate(side: nn.Sequential) -> None:
-            function = _activation(activation, layer.entry.nonlinear)
+            function = make_activation(activation, layer.entry.nonlinear)
             if function is not None:
                 side.append(function)
 

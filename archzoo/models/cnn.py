@@ -4,12 +4,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from archzoo.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
-from archzoo.models.mlp import _activation
-from archzoo.models.model import LayerFactory, check_kind, register_model
+from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
 from archzoo.names import suggest
 
-ACTIVATIONS = (*MLP_ACTIVATIONS, "prelu")
 NORMS = ("batch", "instance", "none")
 
 
@@ -67,8 +64,6 @@ class CNN(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: must be odd and positive")
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r}: {suggest(norm, NORMS)}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: {suggest(activation, ACTIVATIONS)}")
         if pool_every < 1:
             raise ValueError(f"pool_every={pool_every}: must be 1 or more")
         if stem < 0:
@@ -90,7 +85,7 @@ class CNN(nn.Module):
             block = nn.Sequential(layer(before, after, kernel_size, padding=kernel_size // 2))
             if norm != "none":
                 block.append(nn.BatchNorm2d(after) if norm == "batch" else nn.InstanceNorm2d(after))
-            function = nn.PReLU() if activation == "prelu" else _activation(activation, layer.entry.nonlinear)
+            function = make_activation(activation, layer.entry.nonlinear)
             if function is not None:
                 block.append(function)
             if number % pool_every == 0:

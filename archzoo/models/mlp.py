@@ -5,11 +5,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from archzoo.models.model import LayerFactory, register_model
+from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
 from archzoo.names import suggest
 from archzoo.registry import list_layers
-
-ACTIVATIONS = ("auto", "none", "relu", "gelu", "silu", "tanh", "aptx")
 
 
 class MLP(nn.Module):
@@ -24,7 +22,8 @@ class MLP(nn.Module):
         widths: Width of each hidden layer, instead of `width` and `depth`.
         head: Registry name of the last layer, the same for every contestant; `"layer"`: the contestant again.
         norm: `"layer"`: LayerNorm behind every hidden layer. `"none"`.
-        activation: Name of the function behind the norm; `"auto"`: ReLU if the layer is linear by itself, else none.
+        activation: Name of the function behind the norm; `"auto"`: `auto` if the layer is linear by itself, else none.
+        auto: What `"auto"` stands for: ReLU unless something smooth is wanted, as of a network that is differentiated.
         dropout: Probability that a hidden value is dropped in training.
 
     Shape: (batch, *input_shape) -> (batch, output_size).
@@ -45,14 +44,11 @@ class MLP(nn.Module):
         head: str = "linear",
         norm: Literal["layer", "none"] = "layer",
         activation: str = "auto",
+        auto: str = "relu",
         dropout: float = 0.0,
     ):
         super().__init__()
-        if layer.entry.kind != "linear":
-            raise ValueError(
-                f"layer={layer.entry.name!r} is of kind {layer.entry.kind!r}, and model 'mlp' is made of layers of "
-                "kind 'linear'; `archzoo.list_layers(kind='linear')` lists them"
-            )
+        check_kind(layer, "mlp", "linear")
         if width < 1 or depth < 0:
             raise ValueError(f"width={width}, depth={depth}: width must be 1 or more, and depth 0 or more")
         if head != "layer" and head not in list_layers("linear"):
@@ -68,7 +64,7 @@ class MLP(nn.Module):
             self.hidden.append(layer(before, after))
             if norm == "layer":
                 self.hidden.append(nn.LayerNorm(after))
-            function = _activation(activation, layer.entry.nonlinear)
+            function = make_activation(activation, layer.entry.nonlinear, auto)
             if function is not None:
                 self.hidden.append(function)
             if dropout:
@@ -79,21 +75,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, *input_shape) to (batch, output_size)."""
         return self.head(self.hidden(x.flatten(1)))
-
-
-def _activation(name: str, nonlinear: bool) -> nn.Module | None:
-    """A fresh module of that name, or None."""
-    if name == "auto":
-        name = "none" if nonlinear else "relu"
-    if name == "aptx":
-        from archzoo.layers.aptx import APTx
-
-        return APTx()
-    modules = {"none": None, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
-    if name not in modules:
-        raise ValueError(f"activation={name!r}: {suggest(name, ACTIVATIONS)}")
-    chosen = modules[name]
-    return None if chosen is None else chosen()
 
 
 register_model("mlp")(MLP)

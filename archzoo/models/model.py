@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from archzoo.names import suggest
 from archzoo.registry import Kind, LayerEntry, Registry, create_layer, get_layer
 
 
@@ -58,6 +59,34 @@ def check_kind(layer: LayerFactory, model: str, kind: Kind) -> None:
             f"layer={layer.entry.name!r} is of kind {layer.entry.kind!r}, and model {model!r} is made of layers of "
             f"kind {kind!r}, as {kind!r} itself; `archzoo.list_layers(kind={kind!r})` lists them"
         )
+
+
+ACTIVATIONS = ("auto", "none", "relu", "gelu", "silu", "tanh", "aptx", "prelu")
+
+
+def make_activation(name: str, nonlinear: bool, auto: str = "relu") -> nn.Module | None:
+    """A fresh activation to be put behind a layer, or None.
+
+    Args:
+        name: One of `ACTIVATIONS`; `"auto"` is none behind a layer that bends its input by itself, else `auto`.
+        nonlinear: Whether the layer does.
+        auto: Another of the names.
+
+    Raises:
+        ValueError: If there is no such activation.
+    """
+    choices = {"activation": list(ACTIVATIONS), "auto": [a for a in ACTIVATIONS if a != "auto"]}
+    for key, value in (("activation", name), ("auto", auto)):
+        if value not in choices[key]:
+            raise ValueError(f"{key}={value!r}: {suggest(str(value), choices[key])}")
+    if name == "auto":
+        name = "none" if nonlinear else auto
+    if name == "aptx":
+        from archzoo.layers.aptx import APTx
+
+        return APTx()
+    modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "prelu": nn.PReLU}
+    return modules[name]() if name in modules else None
 
 
 models: Registry[Callable[..., nn.Module]] = Registry("model", "archzoo.models")

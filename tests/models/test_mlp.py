@@ -25,6 +25,8 @@ def test_only_layers_that_are_linear_by_themselves_get_an_activation():
     assert kinds(build(depth=1)) == ["Linear", "LayerNorm", "ReLU"]
     assert kinds(build("aptx", depth=1)) == ["APTxLinear", "LayerNorm"]
     assert kinds(build("phm", depth=1)) == ["PHMLinear", "LayerNorm", "ReLU"]
+    assert kinds(build("phm", depth=1, auto="tanh")) == ["PHMLinear", "LayerNorm", "Tanh"]
+    assert kinds(build("aptx", depth=1, auto="tanh")) == ["APTxLinear", "LayerNorm"]
 
 
 def test_options_are_followed():
@@ -43,6 +45,7 @@ def test_options_are_followed():
         ({"head": "liner"}, "head='liner': .* did you mean 'linear'"),
         ({"norm": "batch"}, "norm='batch'"),
         ({"activation": "gleu"}, "activation='gleu': did you mean .*'gelu'"),
+        ({"auto": "auto"}, "auto='auto'"),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
 )
