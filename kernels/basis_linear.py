@@ -120,6 +120,12 @@ def _blocks(x: Tensor, functions: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _columns(x: Tensor, single: bool) -> Tensor:
+    """Rows (R, I) as (I, R). With one function an input a view serves as well, and nothing is transposed."""
+    block = x.t().to(widen(x.dtype))
+    return block if single else block.contiguous()
+
+
 def basis_linear_reference(
     x: Tensor, terms: Sequence[tuple[Basis, Tensor, *tuple[Tensor, ...]]], bias: Tensor | None = None
 ) -> Tensor:
@@ -140,8 +146,9 @@ def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: lis
     outputs = weights[0].shape[0]
     y = x.new_empty(x.shape[0], outputs, dtype=weights[0].dtype)
     matrices = [w.reshape(outputs, -1).to(product) for w in weights]
-    for rows in _blocks(x, max(b.size for b in bases)):
-        block = x[rows].t().to(widen(x.dtype)).contiguous()  # (I, R)
+    functions = max(b.size for b in bases)
+    for rows in _blocks(x, functions):
+        block = _columns(x[rows], functions == 1)  # (I, R)
         total = y[rows] if y.dtype == widen(product) else y.new_empty(y[rows].shape, dtype=widen(product))
         if bias is None:
             total.zero_()
@@ -170,15 +177,19 @@ def _gradients(
     ]
     tensor_grads = [torch.zeros_like(t, dtype=widen(t.dtype)) for t in tensors]
     matrices = [w.reshape(w.shape[0], -1).to(product) for w in weights]
-    for rows in _blocks(x, max(b.size for b in bases)):
-        block = x[rows].t().to(widen(x.dtype)).contiguous()  # (I, R)
+    functions = max(b.size for b in bases)
+    for rows in _blocks(x, functions):
+        block = _columns(x[rows], functions == 1)  # (I, R)
         above = grad[rows].t().to(product)  # (O, R)
         below: Tensor | None = None
         for term, (basis, matrix, own, own_grads) in enumerate(
             zip(bases, matrices, split(bases, tensors), split(bases, tensor_grads), strict=True)
         ):
             if needs_x or any(needs_tensors[term]):
-                values_grad = (matrix.t() @ above).to(block.dtype).view(-1, basis.size, block.shape[1])
+                if functions == 1:
+                    values_grad = (above.t() @ matrix).t().to(block.dtype).unsqueeze(1)
+                else:
+                    values_grad = (matrix.t() @ above).to(block.dtype).view(-1, basis.size, block.shape[1])
                 values, own_below, *pulled = basis.pullback(block, values_grad, *own)
                 below = own_below if below is None else below.add_(own_below)
                 for total, part in zip(own_grads, pulled, strict=False):
