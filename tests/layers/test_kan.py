@@ -679,3 +679,10 @@ def test_bad_arguments_are_refused_by_name(options, message):
 def test_bad_derivatives_are_refused():
     with pytest.raises(ValueError, match="derivative=-1: must be a whole number, at least 0"):
         KANLinear(2, 3).basis(torch.rand(1, 2), -1)
+
+
+def test_a_pruned_layer_has_a_repr_on_meta_too():
+    layer = generic(3, 4)
+    layer.prune_edges_(layer.spline_weight.abs().mean(-1).median().item())
+    assert "pruned=5" in repr(layer)
+    assert "pruned" not in repr(layer.to("meta"))
