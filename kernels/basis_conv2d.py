@@ -136,7 +136,10 @@ def _gradients(
     bases, product = parse(terms), product_dtype(weights[0])
     needs_x, needs_weights, needs_tensors = needs[0], needs[1 : 1 + len(bases)], split(bases, needs[1 + len(bases) :])
     x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
-    weight_grads = [torch.zeros_like(w, dtype=widen(product)).flatten(1, 2) for w in weights]
+    weight_grads = [
+        torch.zeros(w.shape if need else [0] * 5, dtype=widen(product), device=w.device).flatten(1, 2)
+        for w, need in zip(weights, needs_weights, strict=True)
+    ]
     tensor_grads = [torch.zeros_like(t, dtype=widen(t.dtype)) for t in tensors]
     kernels = [w.to(product).flatten(1, 2) for w in weights]
     top, bottom, left, right = padding
@@ -299,11 +302,12 @@ def _backward_flops(
     needs: list[bool],
     **kwargs: Any,
 ) -> int:
-    total = 0
-    for basis, weight, need in zip(parse(terms), weights, needs[1:], strict=False):
-        gemm = _gemm_flops(weight, grad)
-        total += gemm * need + prod(x) * basis.flops[int(needs[0])]
-        total += gemm + 2 * basis.size * prod(x) if needs[0] else 0
+    bases, total = parse(terms), 0
+    learned = split(bases, needs[1 + len(bases) :])
+    for basis, weight, need, own_needs in zip(bases, weights, needs[1:], learned, strict=False):
+        gemm, pulled = _gemm_flops(weight, grad), needs[0] or any(own_needs)
+        total += gemm * need + prod(x) * basis.flops[int(pulled)]
+        total += gemm + 2 * basis.size * prod(x) if pulled else 0
     return total
 
 

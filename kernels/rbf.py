@@ -33,7 +33,7 @@ class RBF(Basis):
     def values(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """(*, I, R) -> (*, I, K, R)."""
         d = self._distance(x, tensors[0])
-        return d.square().neg().exp() if torch.is_grad_enabled() else d.square_().neg_().exp_()
+        return d.square().neg().exp() if torch.is_grad_enabled() else d.mul_(d).neg_().exp_()
 
     def values_and_slopes(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Functions and derivatives, (*, I, K, R) each."""
