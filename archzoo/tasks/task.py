@@ -60,6 +60,8 @@ class Task(ABC):
         mode: Whether a larger (`"max"`) or smaller (`"min"`) score is better.
         watched: Splits that are evaluated during training.
         stream: Whether `train` is an endless stream of fresh samples, which is read in order and has no epochs.
+        compilable: Whether `torch.compile` can take the model. Not so where `training_loss` differentiates it by its
+            inputs: what is compiled can be differentiated once only.
 
     Raises:
         DatasetError: If its data is not to be had.
@@ -75,6 +77,7 @@ class Task(ABC):
     mode: Literal["max", "min"]
     watched: ClassVar[tuple[str, ...]] = ("val",)
     stream: bool = False
+    compilable: ClassVar[bool] = True
 
     def __init__(self, *, data_dir: Path | None = None, seed: int = 0):
         self.data_dir, self.seed = data_dir, seed
@@ -82,6 +85,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean loss over a batch, a scalar. output is (batch, output_size), target a batch of the split's targets."""
+
+    def training_loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of a training batch, a scalar, which the training loop calls and differentiates by the parameters.
+
+        `loss` of the model's output; a task that needs more of the model, as its derivatives by the inputs, overrides
+        this. `inputs` and `targets` are on the model's device, and autocast is on where the trainer's precision is.
+        """
+        return self.loss(model(inputs), targets)
 
     @abstractmethod
     def metrics(self) -> "MetricCollection":

@@ -39,10 +39,16 @@ def build_task(config: TrainConfig) -> Task:
     """The task with its data.
 
     Raises:
-        ConfigError: If its name or an option is wrong.
+        ConfigError: If its name or an option is wrong, or if it cannot be trained with these settings.
         DatasetError: If its data is not to be had.
     """
-    return _task(json.dumps(config.task, sort_keys=True), data_dir(config), config.seed)
+    task = _task(json.dumps(config.task, sort_keys=True), data_dir(config), config.seed)
+    if config.trainer.compile and not task.compilable:
+        raise ConfigError(
+            f"trainer.compile=true: task {config.task['name']} differentiates the model by its inputs, and a compiled "
+            "model can be differentiated once only; set trainer.compile=false"
+        )
+    return task
 
 
 @functools.lru_cache(maxsize=4)  # the runs of a sweep that share a process share the data
@@ -173,16 +179,18 @@ def build_model(config: TrainConfig, task: Task) -> tuple[nn.Module, Match | Non
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of timm over the parameters that are trained; biases and norms are not decayed.
+    """An optimizer of timm over the parameters that are trained; biases and norms are not decayed. Or `lbfgs`: torch's.
 
     Raises:
         ConfigError: If there is no such optimizer, or it does not take an option.
     """
+    if config.name == "lbfgs":
+        return _build_lbfgs(config, model)
     import timm.optim
 
     from archzoo.names import suggest
 
-    names = [str(name) for name in timm.optim.list_optimizers()]  # type: ignore[attr-defined]
+    names = ["lbfgs", *map(str, timm.optim.list_optimizers())]  # type: ignore[attr-defined]
     if config.name not in names:
         raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, names)}")
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -197,6 +205,44 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         )
     except (TypeError, ValueError) as error:
         raise _refused("optimizer", vars(config), error) from error
+
+
+def _build_lbfgs(config: OptimizerConfig, model: nn.Module) -> torch.optim.LBFGS:
+    """torch's L-BFGS, with a strong Wolfe line search unless the options say otherwise. `momentum` is not its own."""
+    options: dict[str, Any] = {"line_search_fn": "strong_wolfe", **config.options}
+    wrong = f"optimizer.options.{{}}={{}}: must be {{}} (optimizer {config.name})"
+    for key in ("max_iter", "max_eval", "history_size"):
+        value = options.get(key, 1)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not whole and not (key == "max_eval" and value is None):
+            raise ConfigError(wrong.format(key, value, f"a whole number, 1 or more, as optimizer.options.{key}=20"))
+    for key in ("tolerance_grad", "tolerance_change"):
+        value = options.get(key, 0.0)
+        if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise ConfigError(wrong.format(key, value, f"0 or more, as optimizer.options.{key}=1e-9"))
+    if (value := options["line_search_fn"]) not in ("strong_wolfe", None):
+        raise ConfigError(wrong.format("line_search_fn", value, "strong_wolfe, or null for steps of size lr"))
+    try:
+        return torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise _refused("optimizer", vars(config), error) from error
+
+
+def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Gives a new optimizer of the same configuration what the old one knows of the parameters that both have.
+
+    Its groups, of which there are as many unless the last parameter of one has gone, get the old ones' learning rate
+    and counters. L-BFGS knows nothing of single parameters.
+    """
+    if isinstance(new, torch.optim.LBFGS):
+        new.param_groups[0]["lr"] = old.param_groups[0]["lr"]
+        return
+    if len(new.param_groups) == len(old.param_groups):
+        for group, before in zip(new.param_groups, old.param_groups, strict=True):
+            group |= {key: value for key, value in before.items() if key != "params"}
+    for parameter in (p for group in new.param_groups for p in group["params"]):
+        if parameter in old.state:
+            new.state[parameter] = old.state[parameter]
 
 
 class Schedule:
@@ -240,3 +286,30 @@ class Schedule:
 def example_batch(task: Task, size: int) -> Tensor:
     """Zeros of the shape of a batch of inputs."""
     return torch.zeros(size, *task.input_shape)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"trainer.device={name}: this machine has no CUDA device; use trainer.device=auto")
+    return device
+
+
+def total_steps(config: TrainConfig, task: Task, steps_per_epoch: float) -> int | None:
+    """Optimizer steps of the whole run; None if it is counted in seconds.
+
+    Raises:
+        ValueError: If epochs are asked of a task that has none.
+    """
+    t = config.trainer
+    if t.epochs is None:
+        return t.steps
+    if task.stream:
+        raise ValueError(
+            f"trainer.epochs={t.epochs:g}: task {config.task['name']} is an endless stream and has no epochs; set "
+            "trainer.epochs=null trainer.steps=10000"
+        )
+    return max(1, round(t.epochs * steps_per_epoch))

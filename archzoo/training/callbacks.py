@@ -4,13 +4,15 @@ A callback is chosen by name in the config, `callbacks: {sparsity_schedule: {wei
 experiment's own goes through `register_callback`.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.registry import Registry
+from archzoo.training.config import ConfigError
 
 if TYPE_CHECKING:
     from archzoo.training.loop import Trainer
@@ -20,7 +22,8 @@ class Callback:
     """Does nothing; a subclass overrides what it needs. Each method gets the trainer, whose attributes it may use.
 
     It must be a pure function of the step, or say what it remembers by `state_dict`, so that a run that is resumed ends
-    with the same bits.
+    with the same bits. One that replaces, adds, removes, freezes or frees parameters calls
+    `trainer.rebuild_optimizer()` behind it, and says by `restore` how to do it again.
     """
 
     def on_start(self, trainer: "Trainer") -> None:
@@ -42,12 +45,29 @@ class Callback:
         """What must survive an interruption, as plain JSON."""
         return {}
 
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Gives a freshly built model the structure that it had when this callback's `state_dict` was `state`.
+
+        Called before the weights of a checkpoint or of a finished run are loaded, which must fit; of several callbacks
+        in their order. What the layers' own `load_state_dict` brings about need not be done here.
+        """
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; called when the weights are loaded."""
 
 
 callbacks: Registry[type[Callback]] = Registry("callback", "archzoo.training.callbacks")
 register_callback = callbacks.register
+
+
+def _numbers(values: Any, kind: Any) -> bool:
+    """Whether these are a list of numbers of this kind."""
+    return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _increasing(values: Any, kind: Any) -> bool:
+    """The same, and each is larger than the one before."""
+    return _numbers(values, kind) and all(a < b for a, b in itertools.pairwise(values))
 
 
 def _check_ramp(start: float, end: float) -> None:
@@ -99,7 +119,10 @@ class SparsityScheduleCallback(Callback):
 class GridUpdate(Callback):
     """Moves the knots of every layer with an `update_grid` method to where its inputs are (KAN, arXiv 2404.19756).
 
-    The layer keeps its function, but its weights get another meaning, so the optimizer's moments of them are dropped.
+    A module inside one that has the method too is left to that one. The layer keeps its function, but its weights get
+    another meaning: the optimizer's moments of them are dropped (L-BFGS: its whole memory), and a moving average of the
+    weights starts again. Where several processes train one model, as under DistributedDataParallel, the inputs are
+    those of rank 0, and so are parameters and buffers behind it.
 
     Args:
         every: Steps between updates.
@@ -117,20 +140,156 @@ class GridUpdate(Callback):
         """Updates the grids, first layers first, each from the inputs that it gets after those before it moved."""
         if trainer.step % self.every or trainer.spent() > self.until:
             return
-        layers = [m for m in trainer.model.modules() if callable(getattr(m, "update_grid", None))]
         was_training = trainer.model.training
         trainer.model.eval()
+        inputs, updated = _of_rank_0(trainer.inputs), False
         with torch.no_grad():
-            for layer in layers:
+            for layer in list(outermost(trainer.model, "update_grid")):
                 captured: list[Tensor] = []
-                hook = layer.register_forward_pre_hook(lambda _, inputs, captured=captured: captured.append(inputs[0]))
-                trainer.model(trainer.inputs)
+                hook = layer.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
+                trainer.model(inputs)
                 hook.remove()
                 if captured:
-                    _update_grid(layer, captured[0])
+                    layer.update_grid(captured[0])  # type: ignore[operator]  # a method of this name
+                    for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+                        _of_rank_0(tensor, in_place=True)
                     trainer.reset_optimizer_state(layer.parameters())
+                    updated = True
         trainer.model.train(was_training)
+        if updated:
+            trainer.restart_average()
 
 
-def _update_grid(layer: nn.Module, x: Tensor) -> None:
-    layer.update_grid(x)  # type: ignore[operator]  # checked by the caller: a method of this name
+@register_callback("grid_refine")
+class GridRefine(Callback):
+    """Gives every layer with a `refine` method finer grids in stages (KAN, arXiv 2404.19756, section 2.4).
+
+    A module inside one that has the method too is left to that one. The functions stay, the parameters are new: see
+    `Trainer.rebuild_optimizer`. In particular the run's best evaluation is then one of the last grid.
+
+    Args:
+        sizes: Grid sizes, each larger than the one before, and the first no smaller than the layers' own.
+        at: Fraction of the budget at which each of them begins.
+    """
+
+    def __init__(self, sizes: Sequence[int], at: Sequence[float]):
+        if not (_increasing(sizes, int) and sizes and sizes[0] >= 1):
+            raise ValueError(f"sizes={sizes}: must be whole numbers, each larger than the last, as [5, 10, 20]")
+        if not (_increasing(at, (int, float)) and all(0 <= fraction < 1 for fraction in at)):
+            raise ValueError(
+                f"at={at}: must be fractions of the budget from 0 to less than 1, each larger than the last, as "
+                "[0.2, 0.4, 0.6]"
+            )
+        if len(at) != len(sizes):
+            raise ValueError(f"at={at}: must have one fraction for each of sizes={sizes}")
+        self.sizes, self.at, self.done = list(sizes), list(at), 0
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Refuses what would fail later.
+
+        Raises:
+            ConfigError: If a layer's grid is finer than the next one.
+        """
+        for layer in outermost(trainer.model, "refine"):
+            size = getattr(layer, "grid_size", None)
+            if isinstance(size, int) and self.done < len(self.sizes) and size > self.sizes[self.done]:
+                raise ConfigError(
+                    f"callbacks.grid_refine.sizes={self.sizes}: {type(layer).__name__} has grid_size={size} already, "
+                    f"and a grid can only become finer; begin with {size} or more"
+                )
+
+    def before_step(self, trainer: "Trainer") -> None:
+        """Refines when it is time."""
+        before = self.done
+        while self.done < len(self.sizes) and trainer.spent() >= self.at[self.done]:
+            self._refine(trainer.model, self.sizes[self.done])
+            self.done += 1
+        if self.done > before and next(outermost(trainer.model, "refine"), None) is not None:
+            trainer.rebuild_optimizer()
+
+    def _refine(self, model: nn.Module, size: int) -> None:
+        for layer in list(outermost(model, "refine")):
+            layer.refine(size)  # type: ignore[operator]  # a method of this name
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many stages have begun."""
+        return {"done": self.done}
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Refines as often."""
+        for size in self.sizes[: state["done"]]:
+            self._refine(model, size)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.done = state["done"]
+
+
+@register_callback("selection_stages")
+class SelectionStages(Callback):
+    """Leads layers that choose among candidates through their stages: full, selective, pruned (S-KAN, 2408.08338).
+
+    Calls `select_()`, and later `prune_()`, on every module that has the method; a module inside one that has it too is
+    left to that one. See `Trainer.rebuild_optimizer` for what a new stage means to optimizer, average and best weights.
+
+    Args:
+        select: Fraction of the budget at which the candidates are selected.
+        prune: Fraction at which those that were not are removed.
+    """
+
+    def __init__(self, select: float = 1 / 3, prune: float = 2 / 3):
+        if not (_numbers([select, prune], (int, float)) and 0 <= select <= prune < 1):
+            raise ValueError(
+                f"select={select}, prune={prune}: must be fractions of the budget with 0 <= select <= prune < 1"
+            )
+        self.stages, self.done = (("select_", select), ("prune_", prune)), 0
+
+    def before_step(self, trainer: "Trainer") -> None:
+        """Begins a stage when it is time."""
+        for method, fraction in self.stages[self.done :]:
+            if trainer.spent() < fraction:
+                break
+            self.done += 1
+            layers = list(outermost(trainer.model, method))
+            for layer in layers:
+                getattr(layer, method)()
+            if layers:
+                trainer.rebuild_optimizer()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many stages have begun. The layers' own state says what was selected, and loading it restores it."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.done = state["done"]
+
+
+def outermost(model: nn.Module, method: str) -> Iterator[nn.Module]:
+    """Modules that have a method of this name and do not lie inside another that has it, each once, in their order."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module in seen:
+            return
+        seen.add(module)
+        if callable(getattr(module, method, None)):
+            yield module
+        else:
+            for child in module.children():
+                yield from walk(child)
+
+    return walk(model)
+
+
+def _of_rank_0(tensor: Tensor, in_place: bool = False) -> Tensor:
+    """The tensor as rank 0 has it, where several processes train together; else as it is."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    if not in_place:  # a batch: its length may differ too
+        shape = torch.tensor(tensor.shape, device=tensor.device)
+        torch.distributed.broadcast(shape, src=0)
+        same = tuple(shape.tolist()) == tuple(tensor.shape)
+        tensor = tensor.clone() if same else tensor.new_empty(shape.tolist())
+    torch.distributed.broadcast(tensor.detach(), src=0)
+    return tensor

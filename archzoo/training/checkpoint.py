@@ -159,7 +159,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return tensors, state
 
 
-SEPARATOR = "::"  # between a parameter's name and an optimizer's name of its state; no module name holds it
+SEPARATOR = "::"  # between a parameter's name, an optimizer's names of its state, and a place in a list of it
 
 
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,22 +167,30 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if optimizer.state:
+    if optimizer.state and not isinstance(optimizer, torch.optim.LBFGS):
         own, optim = cast(Any, get_state_dict(model, optimizer, options=options))
-    else:  # torch would take an empty step to make a state, and the run would go on from that
+    else:  # torch would take an empty step to make a state, and the run would go on from that; L-BFGS cannot even do so
         own = get_model_state_dict(model, options=options)
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
-        optim = {"state": {}, "param_groups": groups}
+        optim = {"state": {names[p]: state for p, state in optimizer.state.items()}, "param_groups": groups}
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in own.items()}
     numbers: dict[str, Any] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[f"optim.{name}"] = value
+        elif isinstance(value, list):  # as the directions that L-BFGS remembers
+            numbers[name] = {"length": len(value)}
+            for i, part in enumerate(value):
+                put(f"{name}{SEPARATOR}{i}", part)
+        else:
+            numbers[name] = value
+
     for parameter, state in optim["state"].items():
         for key, value in state.items():
-            name = f"{parameter}{SEPARATOR}{key}"
-            if isinstance(value, Tensor):
-                tensors[f"optim.{name}"] = value
-            else:
-                numbers[name] = value
+            if not (key == "al" and isinstance(optimizer, torch.optim.LBFGS)):  # room to work in, not memory
+                put(f"{parameter}{SEPARATOR}{key}", value)
     return tensors, {"state": numbers, "param_groups": optim["param_groups"]}
 
 
@@ -194,34 +202,72 @@ def set_state(
     Raises:
         CheckpointError: If a tensor is missing, left over, or of another shape than the model's.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    set_model_state(model, tensors)
+    set_optimizer_state(model, optimizer, tensors, numbers)
+
+
+def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the model's part of what `get_state` returned.
+
+    Raises:
+        CheckpointError: If a tensor is missing, left over, or of another shape than the model's.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    try:
+        set_model_state_dict(model, cast(Any, own), options=StateDictOptions(full_state_dict=_in_a_group()))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint is of another model: {error}") from error
+
+
+def set_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Loads the optimizer's part of what `get_state` returned.
+
+    Raises:
+        CheckpointError: If it is of another optimizer or model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    # Cloned, for a tensor in a file's bytes begins anywhere, and that can decide the last bit of a dot product with it.
+    flat = {name.removeprefix("optim."): t.clone() for name, t in tensors.items() if name.startswith("optim.")}
+    flat |= numbers["state"]
     state: dict[str, dict[str, Any]] = {}
-    entries = {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
-    for name, value in {**entries, **numbers["state"]}.items():
-        parameter, _, key = name.rpartition(SEPARATOR)
-        state.setdefault(parameter, {})[key] = value
+    for name, value in flat.items():
+        parameter, key, *place = name.split(SEPARATOR)
+        if not place:
+            state.setdefault(parameter, {})[key] = (
+                [flat[f"{name}{SEPARATOR}{i}"] for i in range(value["length"])] if isinstance(value, dict) else value
+            )
     # JSON made lists of tuples, as of Adam's betas.
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
         for group in numbers["param_groups"]
     ]
     try:
-        set_state_dict(
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            return
+        set_optimizer_state_dict(
             model,
             optimizer,
-            model_state_dict=cast(Any, own),
             optim_state_dict=cast(Any, {"state": state, "param_groups": groups}),
-            # In one process nothing is sharded, and torch's path for full states needs an optimizer that has any.
-            options=StateDictOptions(full_state_dict=torch.distributed.is_initialized()),
+            # In one process nothing is sharded, and torch's path for full states needs an optimizer that has any. Not
+            # every parameter has a state: right after a grid update or a refinement some have none.
+            options=StateDictOptions(full_state_dict=_in_a_group(), strict=False),
         )
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model or optimizer: {error}") from error
-    # torch makes a state for every parameter before it loads; some had none, as right after a grid update.
-    for name, parameter in model.named_parameters():
+    # torch makes a state for every parameter before it loads.
+    for name, own in model.named_parameters():
         if name not in state:
-            optimizer.state.pop(parameter, None)
+            optimizer.state.pop(own, None)
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def get_random_state() -> dict[str, Any]:

@@ -17,19 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from archzoo.names import suggest
-from archzoo.training.config import (
-    BudgetConfig,
-    ConfigError,
-    OptimizerConfig,
-    SchedulerConfig,
-    SweepConfig,
-    TrackerConfig,
-    TrainConfig,
-    TrainerConfig,
-    asdict_plain,
-    run_id,
-    validate,
-)
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id, validate
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -41,14 +29,6 @@ EXIT_FAILED, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED = 1, 2, 3, 5
 IMPORTS = "ARCHZOO_IMPORT"  # modules named by --import, for the processes of a parallel sweep
 RUNS = "ARCHZOO_RUNS"  # number of runs of the sweep, for the same
 STOP = "ARCHZOO_STOP"  # a file that appears when the sweep is to stop, for the same
-_PARTS: dict[str, type] = {
-    "optimizer": OptimizerConfig,
-    "scheduler": SchedulerConfig,
-    "trainer": TrainerConfig,
-    "budget": BudgetConfig,
-    "tracker": TrackerConfig,
-    "sweep": SweepConfig,
-}
 
 
 def config_folder() -> Path:
@@ -255,7 +235,7 @@ def to_config(composed: "DictConfig") -> TrainConfig:
         }
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    return TrainConfig(**{key: _PARTS[key](**value) if key in _PARTS else value for key, value in plain.items()})
+    return from_plain(plain)
 
 
 def _version_base() -> dict[str, Any]:
@@ -329,16 +309,15 @@ def check(plan: Plan) -> None:
     for folder in {Path(config.output_dir) for config in plan.configs}:
         _check_writable(folder)
 
-    from archzoo.training.build import build_task, choose_widths, data_dir
-    from archzoo.training.loop import resolve_device, total_steps
-    from archzoo.training.run import check_callbacks
+    from archzoo.training.build import build_task, choose_widths, data_dir, resolve_device, total_steps
+    from archzoo.training.run import make_callbacks
 
     for config in distinct:
         try:
             data_dir(config)
             task = build_task(config)
             choose_widths(config, task)
-            check_callbacks(config)
+            make_callbacks(config)
             resolve_device(config.trainer.device)
             total_steps(config, task, 1.0)
             _check_optimizer(config)

@@ -116,6 +116,15 @@ class TrainConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+_PARTS: dict[str, type] = {
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "trainer": TrainerConfig,
+    "budget": BudgetConfig,
+    "tracker": TrackerConfig,
+    "sweep": SweepConfig,
+}
+
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 SCHEDULERS = ("none", "cosine", "step", "multistep", "poly")
 # What does not change the numbers of a run, and so is not part of its identity.
@@ -128,6 +137,11 @@ NOT_IDENTITY = {
 def asdict_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as plain dictionaries, as it is recorded."""
     return asdict(config)
+
+
+def from_plain(plain: dict[str, Any]) -> TrainConfig:
+    """The inverse of `asdict_plain`."""
+    return TrainConfig(**{key: _PARTS[key](**value) if key in _PARTS else value for key, value in plain.items()})
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +191,8 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     if o.momentum >= 1:
         yield f"optimizer.momentum={o.momentum:g}: must be from 0 to less than 1, as optimizer.momentum=0.9"
 
+    yield from optimizer_errors(config)
+
     yield from choice("scheduler.name", s.name, SCHEDULERS)
     yield from number("scheduler.min_lr", s.min_lr, 0, "0 or more, as scheduler.min_lr=1e-5")
     yield from number("scheduler.decay_rate", s.decay_rate, 0, "positive, as scheduler.decay_rate=0.1", strict=True)
@@ -218,6 +234,30 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     yield from choice("tracker.wandb", config.tracker.wandb, ("offline", "online", "disabled"))
     if not config.tracker.project:
         yield "tracker.project: must not be empty, as tracker.project=archzoo"
+
+
+def optimizer_errors(config: TrainConfig) -> Iterator[str]:
+    """Settings that L-BFGS has no place for: one line each, none for another optimizer.
+
+    Its line search compares values of one and the same loss, so that the gradients must be exactly those of the loss.
+    """
+    o, t = config.optimizer, config.trainer
+    if o.name != "lbfgs":
+        return
+    if o.weight_decay:
+        yield f"optimizer.weight_decay={o.weight_decay:g}: optimizer lbfgs has none; set optimizer.weight_decay=0"
+    if t.clip_grad is not None:
+        yield f"trainer.clip_grad={t.clip_grad:g}: optimizer lbfgs searches its step length; set trainer.clip_grad=null"
+    if t.accumulate > 1:
+        yield (
+            f"trainer.accumulate={t.accumulate}: optimizer lbfgs evaluates one batch many times a step; set "
+            f"trainer.accumulate=1 trainer.batch_size={t.batch_size * t.accumulate}"
+        )
+    if t.precision == "float16":
+        yield (
+            "trainer.precision=float16: its loss scaling and optimizer lbfgs do not go together; set "
+            "trainer.precision=float64, float32 or bfloat16"
+        )
 
 
 _EXAMPLES = {"task": "digits", "model": "mlp", "layer": "kan"}

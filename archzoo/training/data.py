@@ -14,7 +14,9 @@ from archzoo.tasks.task import Task, TensorSplit
 class BatchOrder:
     """Index batches without end, epoch after epoch, from a given batch on.
 
-    A shuffled epoch leaves out what does not fill a last batch: another part each epoch, for the order differs.
+    A shuffled epoch leaves out what does not fill a last batch: another part each epoch, for the order differs. A batch
+    size of all examples or more gives the full batch, always in the examples' own order: the loss of every step is one
+    and the same sum, to the last bit.
 
     Args:
         examples: Number of examples in the split.
@@ -38,7 +40,8 @@ class BatchOrder:
         world_size: int = 1,
         batches_per_epoch: int | None = None,
     ):
-        self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.shuffle = shuffle and batch_size < examples
         self.start, self.rank, self.world_size = start, rank, world_size
         full = max(1, examples // batch_size)
         self.batches_per_epoch = min(full, batches_per_epoch) if batches_per_epoch else full

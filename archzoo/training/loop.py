@@ -1,7 +1,8 @@
 """The training loop: plain torch, to be read from top to bottom.
 
 Every module that has a `regularization_loss()` adds it to the loss, and every module that has a `constrain_()` is
-constrained after each optimizer step; nothing else is expected of a layer.
+constrained after each optimizer step; nothing else is expected of a layer. What replaces parameters during training, as
+a callback that refines grids, calls `Trainer.rebuild_optimizer`.
 """
 
 import itertools
@@ -15,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.tasks.task import Task
-from archzoo.training.build import Schedule, build_optimizer
+from archzoo.training.build import Schedule, build_optimizer, carry_over, resolve_device, total_steps
 from archzoo.training.callbacks import Callback
-from archzoo.training.checkpoint import CheckpointError, get_random_state, get_state, set_random_state, set_state
-from archzoo.training.config import TrainConfig
+from archzoo.training.checkpoint import (
+    CheckpointError,
+    get_random_state,
+    get_state,
+    set_model_state,
+    set_optimizer_state,
+    set_random_state,
+)
+from archzoo.training.config import ConfigError, TrainConfig, optimizer_errors
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
 from archzoo.training.diagnose import Divergence, diagnose
 
@@ -50,14 +58,19 @@ class Trainer:
         should_stop: Looked at once a step; true ends the run after it has been saved.
         progress: Called after every step with (step, fraction of the budget spent).
 
+    Raises:
+        ConfigError: If the optimizer cannot be had, or not with the other settings.
+
     Attributes:
         model: The model that is trained.
         optimizer: Its optimizer.
         step: Optimizer steps done.
         inputs: Inputs of the last forward pass, on the device.
         regularization_factor: Multiplies the layers' `regularization_loss()`; callbacks may set it.
-        best: Metrics of the evaluation with the best validation score, with its `step`; None before the first.
+        best: Metrics of the evaluation with the best validation score, with its `step`; None before the first. Where
+            the model's structure has changed, of those since.
         last: Metrics of the last evaluation.
+        changed_at: Steps done when the model's structure last changed; None if it never did.
         step_times: Seconds of every step of this process, evaluations and logging left out.
     """
 
@@ -74,6 +87,8 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, spent: None,
     ):
         t = config.trainer
+        if errors := list(optimizer_errors(config)):
+            raise ConfigError("\n".join(errors))
         self.config, self.task, self.callbacks = config, task, list(callbacks)
         self.record, self.save, self.should_stop, self.progress = record, save, should_stop, progress
         self.device = resolve_device(t.device)
@@ -84,11 +99,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type) if t.precision == "float16" else None
         self.metrics = task.metrics().to(self.device)
-        self.ema = None
-        if t.ema_decay is not None:
-            import timm.utils
-
-            self.ema = timm.utils.ModelEmaV3(self.model, decay=t.ema_decay)  # type: ignore[attr-defined]
+        self.restart_average()
 
         examples = len(task.train)  # type: ignore[arg-type]  # every split has a length
         self.order = BatchOrder(
@@ -100,18 +111,18 @@ class Trainer:
         )
         self.steps_per_epoch = self.order.batches_per_epoch / t.accumulate
         self.total_steps = total_steps(config, task, self.steps_per_epoch)
-        self.schedule = Schedule(config.scheduler, self.optimizer, self.total_steps or 1000)
+        self.schedule = self._schedule()
         self.eval_every = t.eval_every or max(1, (self.total_steps or 10_000) // 20)
         self.checkpoint_every = t.checkpoint_every or self.eval_every
 
-        self.regularized = [m for m in self.model.modules() if callable(getattr(m, "regularization_loss", None))]
-        self.constrained = [m for m in self.model.modules() if callable(getattr(m, "constrain_", None))]
+        self._find_modules()
         self.regularization_factor = 1.0
         self.step, self.inputs = 0, torch.empty(0)
         self.elapsed_before, self.started = 0.0, time.perf_counter()
         self.evaluations: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.best_weights: dict[str, Tensor] = {}
+        self.changed_at: int | None = None
         self.step_times = array("d")
 
     # ---- what is asked of a run while it goes on
@@ -136,10 +147,59 @@ class Trainer:
         """The model that is evaluated: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    # ---- what a callback that changes the model calls
+
     def reset_optimizer_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the optimizer's moments of parameters whose meaning has changed."""
+        """Drops the optimizer's moments of parameters whose values have got another meaning.
+
+        L-BFGS has one memory of them all, which is dropped whole.
+        """
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer.state.clear()
         for parameter in parameters:
             self.optimizer.state.pop(parameter, None)
+
+    def restart_average(self) -> None:
+        """Lets the moving average of the weights, if there is one, start again as a copy of the model."""
+        self.ema = None
+        if (decay := self.config.trainer.ema_decay) is not None:
+            import timm.utils
+
+            self.ema = timm.utils.ModelEmaV3(self.model, decay=decay)  # type: ignore[attr-defined]
+
+    def rebuild_optimizer(self) -> None:
+        """Takes up the model as it is now: parameters were replaced, added, removed, frozen or freed.
+
+        A new optimizer of the same configuration goes on at the present learning rate. It keeps the moments of every
+        Parameter that is still the same object; L-BFGS, whose memory is of all of them, starts afresh. So does the
+        moving average, as a copy of the model, and so does the search for the best evaluation: weights from before
+        the change do not fit the model any more. Evaluations from before stay in `evaluations`.
+
+        Raises:
+            ValueError: If the model is wrapped in DistributedDataParallel, which goes on with the old parameters.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model: DistributedDataParallel reduces the gradients of the parameters it was built with; a model "
+                "that changes its structure cannot be wrapped in it"
+            )
+        old, self.optimizer = self.optimizer, build_optimizer(self.config.optimizer, self.model)
+        self.schedule = self._schedule()
+        carry_over(old, self.optimizer)
+        self._find_modules()
+        self.restart_average()
+        self.best, self.best_weights, self.changed_at = None, {}, self.step
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self.config.scheduler, self.optimizer, self.total_steps or 1000)
+
+    def _parameters(self) -> list[tuple[int, bool]]:
+        """Differs where the optimizer must be rebuilt: it keeps the old parameters alive, so that no id comes twice."""
+        return [(id(p), p.requires_grad) for p in self.model.parameters()]
+
+    def _find_modules(self) -> None:
+        self.regularized = [m for m in self.model.modules() if callable(getattr(m, "regularization_loss", None))]
+        self.constrained = [m for m in self.model.modules() if callable(getattr(m, "constrain_", None))]
 
     # ---- the loop
 
@@ -176,17 +236,27 @@ class Trainer:
             callback.on_end(self)
 
     def _train_step(self, batches: Iterator[Any]) -> Tensor | float:
-        accumulate, clip = self.config.trainer.accumulate, self.config.trainer.clip_grad
         self.schedule.set(self.spent())
         for callback in self.callbacks:
             callback.before_step(self)
+        searches = isinstance(self.optimizer, torch.optim.LBFGS)
+        total = self._search_step(batches) if searches else self._gradient_step(batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        for module in self.constrained:
+            module.constrain_()  # type: ignore[operator]
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        for callback in self.callbacks:
+            callback.after_step(self)
+        return total
+
+    def _gradient_step(self, batches: Iterator[Any]) -> Tensor | float:
+        accumulate, clip = self.config.trainer.accumulate, self.config.trainer.clip_grad
         total: Tensor | float = 0.0
         for _ in range(accumulate):
             self.inputs, targets = self._to_device(next(batches))
-            with self._autocast():
-                loss = self.task.loss(self.model(self.inputs), targets)
-            for module in self.regularized:
-                loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]
+            loss = self._loss(targets)
             if accumulate > 1:
                 loss = loss / accumulate
             if self.device.type == "cpu":  # on a GPU, reading the loss would wait for it: there it is read when logged
@@ -204,15 +274,38 @@ class Trainer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        for module in self.constrained:
-            module.constrain_()  # type: ignore[operator]
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
-        for callback in self.callbacks:
-            callback.after_step(self)
         return total
+
+    def _search_step(self, batches: Iterator[Any]) -> float:
+        """A step of L-BFGS, whose line searches evaluate one batch many times. Returns the loss that it began with."""
+        self.inputs, targets = self._to_device(next(batches))
+        cuda = self.device.type == "cuda"
+        generators = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+        values: list[float] = []
+
+        def closure() -> Tensor:
+            if values:  # the same dropout masks at each evaluation: a search needs a function
+                torch.set_rng_state(generators[0])
+                if generators[1] is not None:
+                    torch.cuda.set_rng_state(generators[1], self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(targets)
+            values.append(loss.item())
+            if len(values) == 1:  # where a search tries is its own affair
+                self._check_finite(values[0])
+            loss.backward()
+            return loss.detach()
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's own hint says float, and its code takes both
+        return values[0]
+
+    def _loss(self, targets: Tensor) -> Tensor:
+        """The loss of the batch whose inputs are `self.inputs`, regularisation included."""
+        with self._autocast():
+            loss = self.task.training_loss(self.model, self.inputs, targets)
+        for module in self.regularized:
+            loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]
+        return loss
 
     def _check_finite(self, loss: float) -> None:
         if loss - loss != 0:  # nan or inf
@@ -293,6 +386,7 @@ class Trainer:
             "elapsed_s": self.elapsed(),
             "evaluations": self.evaluations,
             "best": self.best,
+            "changed_at": self.changed_at,
             "optimizer": numbers,
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "random": get_random_state(),
@@ -306,44 +400,25 @@ class Trainer:
         Raises:
             CheckpointError: If it is of another model, optimizer or set of callbacks.
         """
-        set_state(self.model, self.optimizer, tensors["training"], state["optimizer"])
+        if self.ema is not None and "ema" not in tensors:
+            raise CheckpointError("the checkpoint has no moving average, and trainer.ema_decay is set")
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise CheckpointError("the checkpoint was written with other callbacks")
+        callback_states = list(zip(self.callbacks, state["callbacks"], strict=True))
+        built = self._parameters()
+        for callback, callback_state in callback_states:
+            callback.restore(self.model, callback_state)
+        set_model_state(self.model, tensors["training"])
+        if self._parameters() != built:  # replaced or frozen, by a callback or by a layer as it was loaded
+            self.rebuild_optimizer()
+        set_optimizer_state(self.model, self.optimizer, tensors["training"], state["optimizer"])
         if self.ema is not None:
-            if "ema" not in tensors:
-                raise CheckpointError("the checkpoint has no moving average, and trainer.ema_decay is set")
             self.ema.module.load_state_dict(tensors["ema"])
         self.step, self.elapsed_before = int(state["step"]), float(state["elapsed_s"])
         self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors["best"]
+        self.changed_at = state.get("changed_at")
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if len(state["callbacks"]) != len(self.callbacks):
-            raise CheckpointError("the checkpoint was written with other callbacks")
-        for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
+        for callback, callback_state in callback_states:
             callback.load_state_dict(callback_state)
         set_random_state(state["random"])
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"trainer.device={name}: this machine has no CUDA device; use trainer.device=auto")
-    return device
-
-
-def total_steps(config: TrainConfig, task: Task, steps_per_epoch: float) -> int | None:
-    """Optimizer steps of the whole run; None if it is counted in seconds.
-
-    Raises:
-        ValueError: If epochs are asked of a task that has none.
-    """
-    t = config.trainer
-    if t.epochs is None:
-        return t.steps
-    if task.stream:
-        raise ValueError(
-            f"trainer.epochs={t.epochs:g}: task {config.task['name']} is an endless stream and has no epochs; set "
-            "trainer.epochs=null trainer.steps=10000"
-        )
-    return max(1, round(t.epochs * steps_per_epoch))

@@ -1,7 +1,8 @@
 """One run: its folder, its record, and what happens when it is asked for again, cut off, or goes wrong.
 
 A run's folder, `output_dir/<run id>/`, holds `config.yaml`, `run.json` (status and summary), `metrics.jsonl` (one line
-a log step), `checkpoints/`, `model.safetensors` (the best weights by validation score) and `log.txt`.
+a log step), `checkpoints/`, `model.safetensors` (the best weights by validation score) and `log.txt`. `load_model`
+gives the trained model.
 """
 
 import contextlib
@@ -25,12 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from archzoo._version import __version__
-from archzoo.budget import Match, measure_cost
+from archzoo.budget import Match
 from archzoo.tasks.task import DatasetError, Task
 from archzoo.training.build import build_model, build_task
+from archzoo.training.callbacks import Callback
 from archzoo.training.callbacks import callbacks as callback_registry
 from archzoo.training.checkpoint import (
     CheckpointError,
@@ -41,7 +45,8 @@ from archzoo.training.checkpoint import (
     save_checkpoint,
     sweep_partial,
 )
-from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, run_id
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id
+from archzoo.training.cost import batch_size, cost_record
 from archzoo.training.loop import Diverged, Interrupted, Trainer
 from archzoo.training.progress import Progress
 from archzoo.training.trackers import Trackers
@@ -183,7 +188,7 @@ def _execute(
             model, match = build_model(config, task)
             if match is not None:
                 record["budget"] = _budget_record(config, match)
-            record |= _cost_record(config, task, model)
+            record |= cost_record(config, task, model)
             trainer = _make_trainer(config, folder, task, model, progress, should_stop)
             _resume(trainer, folder)
             record["device"] = str(trainer.device)
@@ -218,6 +223,38 @@ def _execute(
     return record
 
 
+def load_model(folder: str | Path) -> nn.Module:
+    """The model of a run that is done, with the weights that were scored, in evaluation mode, on the CPU.
+
+    Also where its structure changed in training, as by `grid_refine`: then a model that is only built from the
+    configuration has other shapes than `model.safetensors`. The task is built too, for the shapes of its data.
+
+    Args:
+        folder: The run's folder, `output_dir/<run id>`.
+
+    Raises:
+        CheckpointError: If there is no such run, if it is not done, or if its files do not fit together.
+        ConfigError, DatasetError: If the task or the model cannot be built here.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if record is None or record["status"] != "done":
+        status = "no run.json" if record is None else f"status {record['status']}"
+        raise CheckpointError(f"{folder}: {status}; only a run that is done has a model")
+    config = from_plain(record["config"])
+    model, _ = build_model(config, build_task(config))
+    model = model.to(torch.float64 if config.trainer.precision == "float64" else torch.float32)
+    states = (record.get("structure") or {}).get("callbacks", {})
+    for (name, _), callback in zip(config.callbacks.items(), make_callbacks(config), strict=True):
+        if name in states:
+            callback.restore(model, states[name])
+    try:
+        model.load_state_dict(load_safetensors((folder / "model.safetensors").read_bytes()))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'}: cannot be loaded ({error})") from error
+    return model.eval()
+
+
 def _make_trainer(
     config: TrainConfig,
     folder: RunFolder,
@@ -226,22 +263,19 @@ def _make_trainer(
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> Trainer:
+    made = make_callbacks(config)
+    return Trainer(config, task, model, made, should_stop=should_stop, progress=progress.update_run)
+
+
+def make_callbacks(config: TrainConfig) -> list[Callback]:
+    """The callbacks in the configuration's order; a ConfigError if one is wrong."""
     made = []
     for name, options in config.callbacks.items():
         try:
             made.append(callback_registry.create(name, **(options or {})))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"callbacks.{name}={options}: {error}") from error
-    return Trainer(config, task, model, made, should_stop=should_stop, progress=progress.update_run)
-
-
-def check_callbacks(config: TrainConfig) -> None:
-    """Builds the callbacks and throws them away; a ConfigError if one is wrong."""
-    for name, options in config.callbacks.items():
-        try:
-            callback_registry.create(name, **(options or {}))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"callbacks.{name}={options}: {error}") from error
+    return made
 
 
 def _resume(trainer: Trainer, folder: RunFolder) -> None:
@@ -288,8 +322,11 @@ def _save(trainer: Trainer, folder: RunFolder, keep: int) -> None:
 
 
 def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None:
-    """Evaluates the best weights on the test split, and writes them and the summary."""
-    task, final = trainer.task, copy.deepcopy(trainer.eval_model)
+    """Evaluates the best weights on the test split, and writes them and the summary.
+
+    Where the model's structure has changed, they are the best since, and the record tells what that model costs.
+    """
+    task, config, final = trainer.task, trainer.config, copy.deepcopy(trainer.eval_model)
     if trainer.best is not None:
         final.load_state_dict(trainer.best_weights)
     test = trainer.evaluate("test", final)
@@ -304,13 +341,20 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
     record["score"] = {
         "metric": task.score,
         "mode": task.mode,
-        "split": "train" if trainer.config.trainer.overfit_batches else "test",
+        "split": "train" if config.trainer.overfit_batches else "test",
         "value": test[f"test/{task.score}"],
         "step": int(best.get("step", trainer.step)),
     }
+    if trainer.changed_at is not None:
+        record["structure"] = {
+            "changed_at": trainer.changed_at,
+            "callbacks": {n: c.state_dict() for n, c in zip(config.callbacks, trainer.callbacks, strict=True)},
+            "initial": {key: record[key] for key in ("parameters", "flops", "bytes_per_step")},
+        }
+        record |= cost_record(config, task, copy.deepcopy(final).float().cpu())
     times = trainer.step_times
     if times:
-        examples = trainer.config.trainer.batch_size * trainer.config.trainer.accumulate
+        examples = batch_size(config, task) * config.trainer.accumulate
         record["timing"] |= {
             "step_time_p50_s": statistics.median(times),
             "samples_per_s": examples * len(times) / sum(times),
@@ -345,6 +389,7 @@ def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
         "parameters": None,
         "flops": None,
         "bytes_per_step": None,
+        "structure": None,
         "score": None,
         "summary": {},
         "timing": {"step_time_p50_s": None, "samples_per_s": None, "wall_s": None},
@@ -370,23 +415,6 @@ def _budget_record(config: TrainConfig, match: Match) -> dict[str, Any]:
         "tolerance": b.tolerance,
         "within_tolerance": abs(match.deviation) <= b.tolerance,
         "widths": list(match.widths),
-    }
-
-
-def _cost_record(config: TrainConfig, task: Task, model: nn.Module) -> dict[str, Any]:
-    """What a step costs, measured on a copy, with the random generator left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        probe = copy.deepcopy(model).train()
-        cost = measure_cost(probe, torch.zeros(config.trainer.batch_size, *task.input_shape))
-    return {
-        "parameters": cost.parameters,
-        "flops": cost.flops,
-        "bytes_per_step": cost.traffic_bytes,
-        "memory": {
-            "saved_for_backward_bytes": cost.saved_bytes,
-            "peak_rss_bytes": None,
-            "peak_cuda_bytes": None,
-        },
     }
 
 

@@ -146,6 +146,49 @@ def test_model_and_optimizer_go_on_bit_for_bit(tmp_path, optimizer_class, option
     assert all(torch.equal(resumed[k], v) for k, v in expected.items())
 
 
+def test_what_l_bfgs_remembers_goes_on_bit_for_bit(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        options = {"max_iter": 8, "history_size": 4, "line_search_fn": "strong_wolfe"}
+        return model, torch.optim.LBFGS(model.parameters(), **options)
+
+    x = torch.randn(9, 3)
+
+    def step(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = (model(x).square() - 0.3).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model, optimizer = made()
+    for steps in range(4):  # none: no memory yet
+        tensors, numbers = get_state(model, optimizer)
+        path = save_checkpoint(tmp_path, steps, {"training": tensors}, {"optimizer": numbers}, keep=9)
+        fresh, fresh_optimizer = made()
+        loaded, state = load_checkpoint(path)
+        set_state(fresh, fresh_optimizer, loaded["training"], state["optimizer"])
+        step(model, optimizer), step(fresh, fresh_optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+        memory, copy = optimizer.state[model[0].weight], fresh_optimizer.state[fresh[0].weight]
+        assert memory.keys() == copy.keys()
+        assert len(memory["old_dirs"]) == len(copy["old_dirs"]) <= 4
+        assert (memory["n_iter"], memory["prev_loss"]) == (copy["n_iter"], copy["prev_loss"])
+    assert len(memory["old_dirs"]) == 4
+
+
+def test_a_parameter_without_moments_beside_others_has_none_when_loaded():
+    model, optimizer = _trained()
+    del optimizer.state[model[0].weight]  # as right after a grid update
+    tensors, numbers = get_state(model, optimizer)
+    other, other_optimizer = _trained()
+    set_state(other, other_optimizer, tensors, numbers)
+    assert other_optimizer.state.keys() == set(other.parameters()) - {other[0].weight}
+
+
 def test_another_models_checkpoint_is_refused():
     tensors, numbers = get_state(*_trained())
     other = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))

@@ -1,6 +1,6 @@
 import pytest
 
-from archzoo.training.config import ConfigError, asdict_plain, identity, run_id, validate
+from archzoo.training.config import ConfigError, asdict_plain, from_plain, identity, run_id, validate
 from tests.training.support import make_config
 
 
@@ -22,6 +22,10 @@ def test_a_sound_config_passes():
         ({"trainer": {"precision": "float31"}}, "did you mean 'float32'"),
         ({"trainer": {"ema_decay": 1.5}}, "trainer.ema_decay=1.5"),
         ({"trainer": {"device": "gpu"}}, "trainer.device=gpu"),
+        ({"optimizer": {"name": "lbfgs", "weight_decay": 0.1}}, "optimizer.weight_decay=0.1: optimizer lbfgs has none"),
+        ({"optimizer": {"name": "lbfgs"}, "trainer": {"clip_grad": 1.0}}, "set trainer.clip_grad=null"),
+        ({"optimizer": {"name": "lbfgs"}, "trainer": {"accumulate": 4}}, "trainer.accumulate=1 trainer.batch_size=64"),
+        ({"optimizer": {"name": "lbfgs"}, "trainer": {"precision": "float16"}}, "trainer.precision=float16: its loss"),
         ({"scheduler": {"name": "cosin"}}, "did you mean 'cosine'"),
         ({"scheduler": {"warmup": 5.0}}, "scheduler.warmup=5"),
         ({"budget": {"match": "parms"}}, "did you mean 'params'"),
@@ -59,6 +63,11 @@ def test_a_runs_id_ignores_paths_logging_and_devices(changes):
 )
 def test_a_runs_id_tells_different_results_apart(changes):
     assert run_id(asdict_plain(make_config(**changes))) != run_id(asdict_plain(make_config()))
+
+
+def test_a_recorded_config_is_read_back():
+    config = make_config(optimizer={"name": "lbfgs", "options": {"max_iter": 3}}, callbacks={"grid_update": {}})
+    assert from_plain(asdict_plain(config)) == config
 
 
 def test_identity_keeps_what_counts():

@@ -26,9 +26,16 @@ def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(exampl
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    first, second = list(islice(BatchOrder(20, 20, seed=3), 2))
-    other = next(iter(BatchOrder(20, 20, seed=4)))
+    first, second = list(islice(BatchOrder(20, 19, seed=3), 2))
+    other = next(iter(BatchOrder(20, 19, seed=4)))
     assert first != second != other != first
+
+
+@pytest.mark.parametrize("batch_size", [20, 21, 10**9])
+def test_a_batch_size_of_all_examples_or_more_gives_the_same_full_batch_at_every_step(batch_size):
+    order = BatchOrder(20, batch_size, seed=3, start=5)
+    assert list(islice(order, 3)) == [list(range(20))] * 3
+    assert order.batches_per_epoch == 1
 
 
 @given(world_size=st.integers(1, 4), **sizes)
