@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from archzoo.kernels._op import autocast_dtype, flop_formula, plain_eager, under_transform, without_autocast
 
 # A block's basis: on a CPU what L2 holds a few of, and malloc keeps for the next block; on a GPU what keeps it busy.
-_CPU_BLOCK, _GPU_BLOCK = 2**19, 2**26  # bytes
+_CPU_BLOCK, _GPU_BLOCK = 2**20, 2**26  # bytes
 _MIN_ROWS = 64  # a GEMM of fewer rows rereads the weight too often; wide layers then exceed the block a little
 
 
@@ -76,7 +76,10 @@ class Basis(ABC):
         """The K functions at x and their derivatives by x, which share most of their work."""
 
     def pullback(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Values at x; then grad (*, I, K, R) pulled back to x, and to each tensor if the basis learns them."""
+        """Values at x; then grad (*, I, K, R) pulled back to x, and to the first tensors if the basis learns them.
+
+        With gradients off it may overwrite grad.
+        """
         values, slopes = self.values_and_slopes(x, *tensors)
         weighted = slopes * grad if torch.is_grad_enabled() else slopes.mul_(grad)
         return values, weighted.sum(-2)
@@ -113,10 +116,11 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _blocks(x: Tensor, functions: int) -> Iterator[slice]:
-    """Row slices whose basis fits the block."""
+    """Row slices whose basis fits the block, as even as can be: a last block of a few rows costs as many calls."""
     rows, features = x.shape
     budget = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
-    step = max(_MIN_ROWS, budget // max(1, widen(x.dtype).itemsize * features * functions))
+    most = max(_MIN_ROWS, budget // max(1, widen(x.dtype).itemsize * features * functions))
+    step = -(-rows // -(-rows // most)) if rows else 1
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -149,16 +153,14 @@ def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tensors: lis
     functions = max(b.size for b in bases)
     for rows in _blocks(x, functions):
         block = _columns(x[rows], functions == 1)  # (I, R)
-        total = y[rows] if y.dtype == widen(product) else y.new_empty(y[rows].shape, dtype=widen(product))
-        if bias is None:
-            total.zero_()
-        else:
-            total.copy_(bias)
+        # (O, R), not (R, O): a product by few columns is up to 20 times slower than one by few rows.
+        total = torch.zeros(outputs, block.shape[1], dtype=widen(product), device=y.device)
+        if bias is not None:
+            total += bias.unsqueeze(1)
         for basis, matrix, own in zip(bases, matrices, split(bases, tensors), strict=True):
             values = basis.values(block, *own).flatten(0, 1).to(product)  # (I·K, R)
-            _accumulate(total, values.t(), matrix.t())
-        if y.dtype != total.dtype:
-            y[rows] = total
+            _accumulate(total, matrix, values)
+        y[rows] = total.t()
     return y
 
 
@@ -310,10 +312,11 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     rows, features = x
-    total = 0
-    for basis, weight, need in zip(parse(terms), weights, needs[1:], strict=False):
-        gemm = 2 * weight[0] * weight[2]
-        total += gemm * need + (basis.flops[1] + 2 * weight[2] + gemm if needs[0] else basis.flops[0])
+    bases, total = parse(terms), 0
+    learned = split(bases, needs[1 + len(bases) :])
+    for basis, weight, need, own_needs in zip(bases, weights, needs[1:], learned, strict=False):
+        gemm, pulled = 2 * weight[0] * weight[2], needs[0] or any(own_needs)
+        total += gemm * need + (basis.flops[1] + 2 * weight[2] + gemm if pulled else basis.flops[0])
     return rows * features * total
 
 

@@ -170,7 +170,7 @@ class _Splines(_KANLinear):
         inner = self.grid_eps * (x[:, :1] - margin + j * step) + (1 - self.grid_eps) * x[:, j * (n - 1) // cells]
         old, old_knots = self.spline, [g.clone() for g in self._knots()]
         self.grid.copy_(_extend(inner, order, step))
-        self.spline = self._basis(None, None)
+        self.spline = self._basis_of(self.grid)  # as whoever loads it will see it
         self.spline_weight.copy_(self._refitted(x, old, old_knots))
 
     @torch.no_grad()

@@ -21,6 +21,10 @@ def smooth(x: Tensor) -> Tensor:
     return x * torch.cos(x)
 
 
+def name_of(base: object) -> str:
+    return getattr(base, "__name__", str(base))
+
+
 def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2.4 - 1.2
 
@@ -51,7 +55,7 @@ def on_patches(conv: nn.Module, linear: nn.Module, x: Tensor, pad_value: float) 
 SHAPE = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
-@pytest.mark.parametrize("base", [*BASES, smooth], ids=str)
+@pytest.mark.parametrize("base", [*BASES, smooth], ids=name_of)
 @pytest.mark.parametrize("pad_value", [0.0, 0.4])
 @pytest.mark.parametrize("scale", [False, True])
 def test_a_spline_convolution_is_the_linear_layer_on_patches(base, pad_value, scale):
@@ -62,7 +66,7 @@ def test_a_spline_convolution_is_the_linear_layer_on_patches(base, pad_value, sc
     assert rms_error(conv(x), on_patches(conv, linear, x, pad_value)) < 1e-12
 
 
-@pytest.mark.parametrize("base", [*BASES, smooth], ids=str)
+@pytest.mark.parametrize("base", [*BASES, smooth], ids=name_of)
 @pytest.mark.parametrize("pad_value", [0.0, 0.4])
 def test_a_gaussian_convolution_is_the_linear_layer_on_patches(base, pad_value):
     options = {"base_activation": base, "layernorm": False, "dtype": torch.float64}
@@ -73,7 +77,7 @@ def test_a_gaussian_convolution_is_the_linear_layer_on_patches(base, pad_value):
 
 
 @pytest.mark.parametrize("cls", [KANConv2d, FastKANConv2d])
-@pytest.mark.parametrize("base", ["gelu", smooth], ids=str)
+@pytest.mark.parametrize("base", ["gelu", smooth], ids=name_of)
 def test_padding_adds_nothing_unless_told_what_it_adds(cls, base):
     """A border of pixels whose functions are all 0 is what the default pads with."""
     conv = perturbed(cls(2, 3, 3, padding=1, base_activation=base, dtype=torch.float64))
