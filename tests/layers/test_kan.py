@@ -691,7 +691,7 @@ def test_a_pruned_layer_has_a_repr_on_meta_too():
 @pytest.mark.parametrize("grid_eps", [0.02, 1.0])
 @pytest.mark.parametrize("inputs", [1, 3])
 def test_a_moved_grid_loads_bit_for_bit(grid_eps, inputs):
-    """Even knots on a single input are a uniform grid again, to the layer that moved them and to one that loads them."""
+    """Even knots on one input are a uniform grid again, to the layer that moved them and to one that loads them."""
     layer = KANLinear(inputs, 4, grid_eps=grid_eps)
     layer.update_grid(samples(50, inputs).float())
     again = KANLinear(inputs, 4, grid_eps=grid_eps)
