@@ -135,13 +135,20 @@ def measure_cost(model: nn.Module, batch: Tensor, loss: Callable[[Tensor], Tenso
     return Cost(count_parameters(model), flops, saved, traffic.bytes)
 
 
+LARGEST_VALUE = 2**20
+"""Up to which an option's value is searched."""
+
+
 @dataclass(frozen=True)
 class Match:
-    """The widths chosen for a contestant, and how near they come to the target."""
+    """The widths chosen for a contestant, or an option of its layer at given widths, and how near they come."""
 
     widths: tuple[int, ...]
     count: int
     target: float
+    option: str | None = None
+    """Name of the layer's option that was chosen instead of the widths."""
+    value: int | None = None
 
     @property
     def deviation(self) -> float:
@@ -153,7 +160,9 @@ def _widths(depth: int, first: int | None, width: int) -> tuple[int, ...]:
     return (width if first is None else first, *(width,) * (depth - 1))
 
 
-def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, target: float, tolerance: float) -> Match:
+def match_widths(
+    count: Callable[[tuple[int, ...]], int | None], depth: int, target: float, tolerance: float, *, name: str = "width"
+) -> Match:
     """Widths of `depth` hidden layers whose count comes nearest to the target.
 
     All widths are equal if that comes within the tolerance. Where a layer has so many parameters an edge that one more
@@ -164,6 +173,7 @@ def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, tar
         depth: Number of widths. At least 1.
         target: Count to reach.
         tolerance: Largest accepted deviation, as a fraction of the target.
+        name: What a message calls a width.
 
     Raises:
         ValueError: If no width is allowed, or if the target is below the smallest count; the message names it.
@@ -180,12 +190,12 @@ def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, tar
 
     allowed = next((w for w in range(1, 257) if uniform(w) is not None), None)
     if allowed is None:
-        raise ValueError("no width up to 256 is allowed for this layer")
+        raise ValueError(f"no {name} up to 256 is allowed for this layer")
     smallest = uniform(allowed)
     assert smallest is not None
     step = next((w - allowed for w in range(allowed + 1, allowed + 257) if uniform(w) is not None), 1)
     if target < smallest * (1 - tolerance):
-        raise ValueError(f"the smallest reachable count is {smallest:,} (width {allowed})")
+        raise ValueError(f"the smallest reachable count is {smallest:,} ({name} {allowed})")
 
     def bisect(widths_of: Callable[[int], tuple[int, ...]]) -> list[Match]:
         """The last width not above the target and the first one above it, of a family that grows with k."""
@@ -214,3 +224,32 @@ def match_widths(count: Callable[[tuple[int, ...]], int | None], depth: int, tar
     if within:
         return min(within, key=lambda m: (max(m.widths) / min(m.widths), abs(m.deviation)))
     return min(others, key=lambda m: abs(m.deviation))
+
+
+def match_option(
+    count: Callable[[int], int | None], option: str, target: float, tolerance: float, widths: tuple[int, ...]
+) -> Match:
+    """The whole number, from 1 up, of a layer's option at which the count comes nearest to the target.
+
+    Args:
+        count: Count of a model with this value, growing with it; None where a value is not allowed.
+        option: Name of the option, as `"grid_size"`.
+        target: Count to reach.
+        tolerance: Largest accepted deviation, as a fraction of the target.
+        widths: Widths that the model keeps; the match says them again.
+
+    Raises:
+        ValueError: If no value is allowed, if a larger value does not mean a larger count, or if the target is below
+            the smallest count; the message names it.
+    """
+    allowed = ((value, counted) for value in range(1, 257) if (counted := count(value)) is not None)
+    small = list(itertools.islice(allowed, 2))
+    if len(small) == 2 and small[0][1] >= small[1][1]:
+        told = " and ".join(f"{counted:,} at {option}={value}" for value, counted in small)
+        raise ValueError(f"the count does not grow with {option}: it is {told}")
+
+    def counted_up_to(values: tuple[int, ...]) -> int | None:
+        return count(values[0]) if values[0] <= LARGEST_VALUE else None
+
+    match = match_widths(counted_up_to, 1, target, tolerance, name=option)
+    return Match(widths, match.count, target, option, match.widths[0])

@@ -26,43 +26,120 @@ def layer_table() -> str:
 
 
 def result_table(record: dict[str, Any]) -> str:
-    """One line a contestant, best first, and where the numbers come from."""
+    """One line a contestant, best first and smallest size first, and where the numbers come from."""
     percent = record["metric"] == "accuracy"
 
     def figure(value: float | None, digits: int = 2) -> str:
         return "–" if value is None else f"{100 * value:.{digits}f}" if percent else f"{value:.3g}"
 
-    base = next((row for row in record["rows"] if row["label"] == "linear"), None)
-    head = f"| | layer | {record['metric']}{', %' if percent else ''} ± 95 % CI | p | parameters | FLOPs | step time |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for row in record["rows"]:
+    rows = record["rows"]
+    bases = {row.get("size", ""): row for row in rows if row.get("baseline", row["label"] == "linear")}
+    sized = any(row.get("size") for row in rows)
+    columns = ["", "layer", f"{record['metric']}{', %' if percent else ''} ± 95 % CI", "p", "parameters", "FLOPs"]
+    columns = [*(["size"] if sized else []), *columns, "step time"]
+    lines = ["| " + " | ".join(columns).replace("  ", " ") + " |", "|---" * len(columns) + "|"]
+    for row in rows:
         deviation = "" if row["deviation"] is None else f" ({row['deviation']:+.1%})"
         p = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
-        step = f"{row['step_time_s'] / base['step_time_s']:.1f}×" if base else "–"
-        lines.append(
-            f"| {row['rank'] or '–'} | `{row['label']}` | {figure(row['mean'])} ± {figure(row['half_width'])} | {p} "
-            f"| {row['parameters']:,}{deviation} | {int(row['flops']):,} | {step} |"
+        base = bases.get(row.get("size", ""))
+        step = f"{row['step_time_s'] / base['step_time_s']:.1f}×" if base and row["step_time_s"] else "–"
+        parameters, flops = ("–" if row[key] is None else f"{int(row[key]):,}" for key in ("parameters", "flops"))
+        cells = [*([row["size"]] if sized else []), str(row["rank"] or "–"), f"`{row.get('series') or row['label']}`"]
+        cells += [f"{figure(row['mean'])} ± {figure(row['half_width'])}", p, parameters + deviation, flops, step]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = (
+        "p: paired permutation test against `linear`, Holm-corrected; FLOPs: forward, of one example; step time: in "
+        f"units of `linear`'s{' of that size' if sized else ''}."
+    )
+    return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
+
+
+def task_table(record: dict[str, Any]) -> str:
+    """One line a task: who was best at each size, and the exponent of each series; without sizes, every mean."""
+    rows = record["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    notes = f"{record['metric']}: mean over seeds."
+    if len(sizes) > 1:
+        columns = [f"best of {size}" for size in sizes]
+        leads = {(row["task"], row["size"]): row for row in rows if row["rank"] == 1}
+        cells = {task: [_best(leads.get((task, size))) for size in sizes] for task in tasks}
+    else:
+        columns = sorted({row["label"] for row in rows})
+        means = {(row["task"], row["label"]): row["mean"] for row in rows}
+        best = {row["task"]: row["label"] for row in rows if row["rank"] == 1}
+        cells = {
+            task: [_mean(means.get((task, label)), best.get(task) == label) for label in columns] for task in tasks
+        }
+        columns = [f"`{label}`" for label in columns]
+    series = {(line["task"], line["label"]): line for line in record.get("series", []) if line["exponent"] is not None}
+    labels = list(dict.fromkeys(label for _, label in series))
+    columns += [f"α, `{label}`" for label in labels]
+    for task in tasks:
+        cells[task] += [_exponent(series.get((task, label))) for label in labels]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| `{task}` | " + " | ".join(cells[task]) + " |" for task in tasks]
+    if labels:
+        counts = [point["parameters"] for line in series.values() for point in line["points"]]
+        notes += (
+            f" α: exponent of {record['metric']} ~ parameters^-α, least squares in log-log on the medians over seeds, "
+            f"all points ({min(counts):,} to {max(counts):,} parameters), ± standard error."
         )
+    places = [
+        f"`{place['label']}` {place['mean_rank']:.2f} (first in {place['firsts']} of {place['contests']})"
+        for place in record.get("standings", [])
+        if place["mean_rank"] is not None
+    ]
+    notes += f" Mean rank: {', '.join(places)}." if places else ""
+    return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
+
+
+def _best(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"`{row['series'] or row['label']}` {row['mean']:.2g}"
+
+
+def _mean(value: float | None, best: bool) -> str:
+    return "–" if value is None else f"**{value:.3g}**" if best else f"{value:.3g}"
+
+
+def _exponent(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "–"
+    return f"{line['exponent']:.2f}" + ("" if line["error"] is None else f" ± {line['error']:.2f}")
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """The command, and where and how it was run."""
     commit = record["commit"] or {}
-    seeds = len(record["rows"][0]["seeds"])
-    lines.append("")
-    lines.append(
+    seeds = max(len(row["seeds"]) for row in record["rows"])
+    return (
         f"`{record['command']}`, seeds 0 to {seeds - 1}, commit {str(commit.get('commit'))[:10]}, "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']}, torch {record['versions']['torch']}, "
-        f"{record['threads']} thread; {record['wall_s']:.0f} s in all. p: paired permutation test against `linear`, "
-        "Holm-corrected; FLOPs: forward, of one example; step time: in units of `linear`'s."
+        f"{record['threads']} thread; {record['wall_s']:.0f} s in all."
     )
-    return "\n".join(lines)
+
+
+def comparison_table(record: dict[str, Any]) -> str:
+    """The table that suits a recorded comparison."""
+    several = len({row.get("task") for row in record["rows"]}) > 1
+    return task_table(record) if several else result_table(record)
 
 
 def render(text: str) -> str:
-    """The README with its tables as they are to be."""
-    digits = RESULTS / "digits.json"
-    results = result_table(json.loads(digits.read_text())) if digits.exists() else ""
-    for name, table in (("layers", layer_table()), ("results", results)):
-        pattern = rf"(<!-- {name}: python -m benchmarks readme -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
-        assert found == 1, f"README.md has no place for the table of {name}"
+    """The README with its tables as they are to be: of the layers, of the digits, and of any recorded comparison.
+
+    A place for a table is `<!-- NAME: python -m benchmarks readme -->`, and its end `<!-- end -->`.
+    """
+    names = re.findall(r"<!-- (\S+): python -m benchmarks readme -->\n", text)
+    assert len(names) == len(set(names)), names
+    assert {"layers", "results"} <= set(names), f"README.md has no place for the table of layers or of results: {names}"
+    for name in names:
+        path = RESULTS / f"{'digits' if name == 'results' else name}.json"
+        table = layer_table() if name == "layers" else comparison_table(json.loads(path.read_text()))
+        pattern = rf"(<!-- {re.escape(name)}: python -m benchmarks readme -->\n).*?(<!-- end -->)"
+        place = re.search(pattern, text, flags=re.DOTALL)
+        assert place is not None, f"README.md: the table of {name} has no end"
+        text = f"{text[: place.end(1)]}{table}\n{text[place.start(2) :]}"
     return text
 
 

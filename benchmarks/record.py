@@ -2,53 +2,95 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from archzoo.report import load_comparison, rank
-from archzoo.report.ranking import default_baseline
+from archzoo.report.load import Comparison
+from archzoo.report.ranking import Row, default_baseline, standings
+from archzoo.report.scaling import Series, all_series
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def comparison_record(folder: Path, command: str) -> dict[str, Any]:
-    """The ranked rows, and what made them."""
+    """The ranked rows, task by task and size by size, and what made them."""
     comparison = load_comparison(folder)
-    first = json.loads((folder / comparison.runs[0].folder.name / "run.json").read_text())
-    rows = [
-        {
-            "rank": row.rank,
-            "label": row.label,
-            "seeds": list(row.seeds),
-            "values": list(row.values),
-            "mean": row.score.mean if row.score else None,
-            "half_width": row.score.half_width if row.score else None,
-            "difference": row.difference.mean if row.difference else None,
-            "p": row.p_value,
-            "p_holm": row.p_holm,
-            "parameters": row.parameters,
-            "deviation": row.deviation,
-            "widths": list(row.budget.widths) if row.budget else None,
-            "flops": row.flops,
-            "step_time_s": row.step_time_s,
-            "saved_bytes": row.saved_bytes,
-            "statuses": dict(row.statuses),
-            "figures": {name: str(figure) for name, figure in row.figures.items()},
-        }
-        for row in rank(comparison, default_baseline(comparison))
-    ]
-    return {
+    rows = rank(comparison, default_baseline(comparison))
+    done = next((run for run in comparison.runs if run.status == "done"), comparison.runs[0])
+    first = json.loads((done.folder / "run.json").read_text())
+    parts = {part.groups[0].task: part for part in comparison.split()}
+    record: dict[str, Any] = {
         "command": command,
         "task": first["task"],
-        "metric": first["score"]["metric"],
-        "mode": first["score"]["mode"],
+        "metric": comparison.metric,
+        "mode": comparison.mode,
         "commit": first["git"],
         "machine": {k: v for k, v in first["machine"].items() if k != "host"},
         "device": first["device"],
         "threads": first["threads"],
         "versions": first["versions"],
         "wall_s": sum(run.wall_s or 0.0 for run in comparison.runs),
-        "rows": rows,
+        "rows": [_row(row, parts[row.task]) for row in rows],
+    }
+    series = [_series(task, line) for task, part in parts.items() for line in all_series(part, _of(rows, task))]
+    if series:
+        record["series"] = series
+    sized = len(comparison.sizes) > 1
+    if len(parts) > 1 or sized:
+        places = standings(rows, lambda row: row.series or row.label if sized else row.label).values()
+        record["standings"] = [
+            asdict(place) for place in sorted(places, key=lambda p: (p.mean_rank is None, p.mean_rank or 0.0, p.label))
+        ]
+    return record
+
+
+def _of(rows: list[Row], task: str) -> list[Row]:
+    return [row for row in rows if row.task == task]
+
+
+def _row(row: Row, part: Comparison) -> dict[str, Any]:
+    budget = row.budget
+    return {
+        "task": row.task,
+        "metric": part.metric,
+        "size": row.size,
+        "series": row.series,
+        "layer": row.layer,
+        "baseline": row.baseline,
+        "rank": row.rank,
+        "label": row.label,
+        "seeds": list(row.seeds),
+        "values": list(row.values),
+        "mean": row.score.mean if row.score else None,
+        "half_width": row.score.half_width if row.score else None,
+        "difference": row.difference.mean if row.difference else None,
+        "p": row.p_value,
+        "p_holm": row.p_holm,
+        "parameters": row.parameters,
+        "deviation": row.deviation,
+        "widths": list(budget.widths) if budget else None,
+        "option": {budget.option: budget.value} if budget and budget.option else None,
+        "flops": row.flops,
+        "step_time_s": row.step_time_s,
+        "saved_bytes": row.saved_bytes,
+        "statuses": dict(row.statuses),
+        "figures": {name: str(figure) for name, figure in row.figures.items()},
+    }
+
+
+def _series(task: str, line: Series) -> dict[str, Any]:
+    law = line.law
+    return {
+        "task": task,
+        "label": line.label,
+        "exponent": law.exponent if law else None,
+        "error": law.error if law else None,
+        "points": [
+            {"parameters": p.parameters, "median": p.median, "low": p.low, "high": p.high, "seeds": p.row.count}
+            for p in line.points
+        ],
     }
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from archzoo.budget import count_flops, count_parameters, match_widths, measure_cost
+from archzoo.budget import LARGEST_VALUE, count_flops, count_parameters, match_option, match_widths, measure_cost
 
 
 def test_parameters_are_counted_once_each():
@@ -87,3 +87,37 @@ def test_a_target_below_the_smallest_count_is_refused_with_that_count():
 def test_a_layer_that_allows_no_width_is_refused():
     with pytest.raises(ValueError, match="no width up to 256"):
         match_widths(lambda widths: None, 2, 1000, 0.01)
+
+
+@given(edges=st.integers(1, 50), offset=st.integers(0, 9), target=st.integers(1_000, 100_000))
+def test_the_value_of_an_option_comes_as_near_as_can_be(edges, offset, target):
+    match = match_option(lambda value: edges * (value + offset), "grid_size", target, 0.5, (5, 5))
+    assert (match.widths, match.option) == ((5, 5), "grid_size")
+    assert match.value is not None
+    assert match.count == edges * (match.value + offset)
+    assert abs(match.count - target) <= edges / 2
+
+
+def test_only_allowed_values_of_an_option_are_chosen():
+    match = match_option(lambda value: 10 * value if value % 3 == 0 else None, "n", 100, 0.5, ())
+    assert (match.value, match.count) == (9, 90)
+
+
+@pytest.mark.parametrize("count", [lambda value: 7, lambda value: 1000 // value], ids=["constant", "falling"])
+def test_an_option_that_does_not_add_to_the_count_is_refused(count):
+    with pytest.raises(ValueError, match=r"the count does not grow with n: it is \S+ at n=1 and \S+ at n=2"):
+        match_option(count, "n", 100, 0.01, ())
+
+
+def test_the_search_for_a_value_ends():
+    match = match_option(lambda value: min(value, 50), "n", 100, 0.01, ())
+    assert match.count == 50
+    assert match.value is not None
+    assert match.value <= LARGEST_VALUE
+
+
+def test_a_target_below_the_smallest_count_names_the_option():
+    with pytest.raises(ValueError, match=r"the smallest reachable count is 30 \(grid_size 1\)"):
+        match_option(lambda value: 10 * (value + 2), "grid_size", 12, 0.01, ())
+    with pytest.raises(ValueError, match="no grid_size up to 256 is allowed"):
+        match_option(lambda value: None, "grid_size", 12, 0.01, ())

@@ -422,12 +422,13 @@ def build_kan(
     width: int = 5,
     depth: int = 1,
     widths: tuple[int, ...] | None = None,
+    hidden: Sequence[int | Sequence[int]] | None = None,
     mult: int = 0,
     mult_arity: int = 2,
     affine: bool = False,
     regularize: float = 0.0,
 ) -> nn.Module:
-    """A `KAN` for a task: inputs are flattened, hidden levels alike.
+    """A `KAN` for a task: inputs are flattened, hidden levels alike or one by one.
 
     Args:
         layer: The layer `kan`, whose options are those of every edge.
@@ -436,6 +437,7 @@ def build_kan(
         width: Nodes that sum on every hidden level.
         depth: Number of hidden levels.
         widths: Nodes that sum on each hidden level, instead of `width` and `depth`.
+        hidden: The hidden levels one by one, as `KAN` takes them, instead of `width`, `depth`, `widths` and `mult`.
         mult: Nodes that multiply on every hidden level, besides.
         mult_arity: Subnodes of each of these.
         affine: Whether scales and biases of subnodes and nodes are learned.
@@ -454,10 +456,11 @@ def build_kan(
         )
     _check_whole(1, width=width)
     _check_whole(0, depth=depth, mult=mult)
-    hidden = widths if widths is not None else (width,) * depth
+    sums = widths if widths is not None else (width,) * depth
+    levels = hidden if hidden is not None else [(size, mult) for size in sums]
     options = {"bias": True, **layer_options("kan"), **layer.options}
     model = KAN(
-        [math.prod(input_shape), *((size, mult) for size in hidden), output_size],
+        [math.prod(input_shape), *levels, output_size],
         mult_arity=mult_arity,
         affine=affine,
         regularize=regularize,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from archzoo.report.console import COLUMNS, fitted_table
 from archzoo.report.files import write_atomically
-from archzoo.report.load import Comparison, load_comparison
+from archzoo.report.load import Comparison, comparison_of, label_tasks, load_comparison
 from archzoo.report.plots import styles
 from archzoo.report.ranking import Row, default_baseline, improves, rank
 from archzoo.report.sheets import Cell, Sheet
@@ -64,6 +64,7 @@ class Change:
 
 def compare(a: Comparison, b: Comparison) -> list[Change]:
     """Matches the contestants of two comparisons, in B's order of rank, then those that only A has."""
+    a, b = _same_tasks(a, b)
     parts_a, parts_b = ({part.groups[0].task: part for part in whole.split()} for whole in (a, b))
     rows_a = {(row.task, row.label): row for row in rank(a, default_baseline(a))}
     rows_b = {(row.task, row.label): row for row in rank(b, default_baseline(b))}
@@ -103,7 +104,7 @@ def compare_reports(folder_a: str | Path, folder_b: str | Path) -> Path:
     """
     from rich.console import Console
 
-    a, b = load_comparison(folder_a), load_comparison(folder_b)
+    a, b = _same_tasks(load_comparison(folder_a), load_comparison(folder_b))
     changes = compare(a, b)
     name_a, name_b = _names(a, b)
     sheet = _sheet(changes, a, b, name_a, name_b)
@@ -126,6 +127,13 @@ def compare_reports(folder_a: str | Path, folder_b: str | Path) -> Path:
         settings=settings,
     )
     return write_atomically(b.folder / "compare.html", page)
+
+
+def _same_tasks(a: Comparison, b: Comparison) -> tuple[Comparison, Comparison]:
+    """Both with tasks named for what differs in either: one function in A and another one in B are two tasks."""
+    runs = label_tasks((*a.runs, *b.runs))
+    first, second = runs[: len(a.runs)], runs[len(a.runs) :]
+    return comparison_of(a.folder, first), comparison_of(b.folder, second)
 
 
 def _measure(part: Comparison) -> tuple[str, str, str | None]:

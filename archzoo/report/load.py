@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from archzoo.report.sizes import labelled, with_sizes
+
 STATUSES = ("done", "running", "interrupted", "diverged", "failed", "unknown")
 
 # Keys of a config that name, place or watch a run and do not change what it computes.
@@ -49,6 +51,9 @@ class Budget:
     within_tolerance: bool | None = None
     tolerance: float | None = None
     widths: tuple[int, ...] = ()
+    option: str | None = None
+    """The layer's option that was varied instead of the widths (`budget.vary`), and the value chosen."""
+    value: int | None = None
 
     def __str__(self) -> str:
         if self.deviation is None:
@@ -75,6 +80,8 @@ class Run:
     config: Mapping[str, Any]
     layer: str
     task: str
+    """Name of the task; with the options in which runs of one task differ, as `label_tasks` has it."""
+    task_name: str
     model: str | None
     seed: int | None
     budget: Budget | None
@@ -146,6 +153,16 @@ class Contestant:
     runs: tuple[Run, ...]
     options: Mapping[str, str] = field(default_factory=dict)
     """The config keys that tell this contestant from others with the same layer."""
+    size: str = ""
+    """What it competes at, as `"200 parameters"`, where a comparison has several sizes of several layers."""
+    series: str = ""
+    """Label without the size: that of all contestants which differ from this one in nothing but their size."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of a run that is done, else of any run that tells."""
+        runs = sorted(self.runs, key=lambda run: run.status != "done")
+        return next((run.parameters for run in runs if run.parameters is not None), None)
 
     @property
     def scores(self) -> dict[int, float]:
@@ -193,6 +210,16 @@ class Comparison:
         )
 
     @property
+    def sizes(self) -> tuple[str, ...]:
+        """The sizes that contestants compete at, smallest first; `("",)` where they all compete with each other."""
+        return tuple(dict.fromkeys(group.size for group in self.groups))
+
+    def at(self, size: str) -> "Comparison":
+        """The contestants of one size."""
+        groups = tuple(group for group in self.groups if group.size == size)
+        return Comparison(self.folder, self.name, tuple(run for group in groups for run in group.runs), groups)
+
+    @property
     def metric(self) -> str:
         """Name of the score, the commonest one if the runs differ."""
         return _commonest(run.metric for run in self.runs) or "score"
@@ -216,7 +243,8 @@ def load_comparison(folder: str | Path) -> Comparison:
     """Reads a comparison folder, `outputs/NAME`, whose sub-folders with a `run.json` are its runs.
 
     Runs with one config apart from the seed form a contestant. Its label is the layer's name, with the config keys that
-    differ where several contestants share a layer and a task. A run whose `run.json` cannot be read counts as failed.
+    differ where several contestants share a layer and a task. Another option of a task (`task.function=xy`) is another
+    task. A run whose `run.json` cannot be read counts as failed.
 
     Args:
         folder: The comparison's folder.
@@ -235,8 +263,59 @@ def load_comparison(folder: str | Path) -> Comparison:
         elif any(folder.glob("*/*/run.json")):
             hint = "its sub-folders are comparisons: give one of them"
         raise ValueError(f"folder={str(folder)!r} holds no run: {hint}")
-    runs = _one_metric([_load_run(path) for path in paths])
+    return comparison_of(folder, label_tasks([_load_run(path) for path in paths]))
+
+
+def comparison_of(folder: Path, runs: Sequence[Run]) -> Comparison:
+    """The comparison that these runs of one folder are."""
+    runs = _one_metric(runs)
     return Comparison(folder, clean(folder.absolute().name), runs, _contestants(runs))
+
+
+def label_tasks(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Tells tasks of one name apart by their options: scores on other functions or data sets do not compare.
+
+    Where nothing but one option differs, and its values are words, these are the labels: `xy`, `exp_sin`. Else a label
+    is as `functions (function=xy, noise=0.1)`.
+    """
+    tasks = [(run, _task_options(run) if run.config else None) for run in runs]
+    by_name: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run, options in tasks:
+        if options is not None:
+            by_name[run.task_name].append(options)
+    keys = {name: sorted(_contradicting(different)) for name, different in by_name.items()}
+    named = []
+    for run, options in tasks:
+        label = run.task_name
+        if options is not None and (differing := keys[label]):
+            told = {key: options.get(key, "unset") for key in differing}
+            values = {config.get(differing[0], "unset") for config in by_name[label]}
+            if len(by_name) == len(differing) == 1 and all(_is_word(value) for value in values):
+                label = told[differing[0]]
+            else:
+                label = labelled(label, told)
+        named.append(replace(run, task=label))
+    return tuple(named)
+
+
+def _contradicting(configs: Sequence[Mapping[str, str]]) -> set[str]:
+    """The keys with several values. Some may lack a key: it is younger than they are."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for config in configs:
+        for key, value in config.items():
+            values[key].add(value)
+    return {key for key, found in values.items() if len(found) > 1}
+
+
+def _is_word(value: str) -> bool:
+    """Whether a value says by itself what it is of, as `xy` does, and 0.1 or `true` does not."""
+    return value[:1].isalpha() and value not in ("true", "false", "none", "unset")
+
+
+def _task_options(run: Run) -> dict[str, str]:
+    task = run.config.get("task")
+    flat = flatten(_settings(task, run.seed, top=False)) if isinstance(task, Mapping) else {}
+    return {key: value for key, value in flat.items() if key != "name"}
 
 
 def clean(text: object) -> str:
@@ -265,7 +344,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def settings(run: Run) -> dict[str, str]:
     """What of a run's config decides its result, seed aside, flattened."""
-    return flatten(_settings(run.config, run.seed))
+    return flatten(_deciding(run))
+
+
+def _deciding(run: Run) -> dict[str, Any]:
+    kept = _settings(run.config, run.seed)
+    model, budget = kept.get("model"), kept.get("budget")
+    if isinstance(model, dict) and isinstance(budget, dict) and "width" in model:
+        vary = budget.get("vary")
+        varied = isinstance(vary, dict) and run.layer in vary
+        if budget.get("match") in ("params", "flops") and number(budget.get("to")) is not None and not varied:
+            del model["width"]  # the budget finds the widths, and they are nobody else's
+    return kept
 
 
 def _settings(config: Mapping[str, Any], seed: int | None, top: bool = True) -> dict[str, Any]:
@@ -316,7 +406,8 @@ def _load_run(folder: Path) -> Run:
         else None,
         config=config,
         layer=named("layer") or "unknown layer",
-        task=named("task") or "unknown task",
+        task=(task := named("task") or "unknown task"),
+        task_name=task,
         model=named("model"),
         seed=_integer(config.get("seed")) if seed is None else seed,
         budget=_budget(part("budget")),
@@ -366,6 +457,8 @@ def _budget(record: dict[str, Any]) -> Budget | None:
         within_tolerance=within if isinstance(within, bool) else None,
         tolerance=number(record.get("tolerance")),
         widths=tuple(w for w in widths if isinstance(w, int)) if isinstance(widths, list) else (),
+        option=_text(record.get("option")),
+        value=_integer(record.get("value")),
     )
 
 
@@ -390,32 +483,41 @@ def _one_metric(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def _contestants(runs: Sequence[Run]) -> tuple[Contestant, ...]:
-    keyed: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    keyed: dict[str, dict[str, dict[str, list[Run]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
-        key = json.dumps(_settings(run.config, run.seed), sort_keys=True, default=str)
-        keyed[run.task, run.layer][key].append(run)
+        key = json.dumps(_deciding(run), sort_keys=True, default=str)
+        keyed[run.layer][run.task][key].append(run)
     contestants = []
-    for (task, layer), by_config in keyed.items():
-        if (
-            "{}" in by_config and len(by_config) == 2
-        ):  # a run that failed before it had a config can only be of the other
-            orphans = by_config.pop("{}")
-            next(iter(by_config.values())).extend(orphans)
-        groups = [tuple(sorted(group, key=_seed_order)) for group in by_config.values()]
-        for group, options in zip(groups, _options([settings(group[0]) for group in groups]), strict=True):
-            told = ", ".join(f"{key}={value}" for key, value in options.items())
-            label = clean(f"{layer} ({told})" if options else layer)
-            contestants.append(Contestant(label, layer, task, group, options))
-    return tuple(sorted(contestants, key=lambda contestant: (contestant.task, contestant.label)))
+    for layer, by_task in keyed.items():
+        found: list[tuple[str, tuple[Run, ...], dict[str, str]]] = []
+        keys: set[str] = set()
+        for task, by_config in by_task.items():
+            if (
+                "{}" in by_config and len(by_config) == 2
+            ):  # a run that failed before it had a config can only be of the other
+                orphans = by_config.pop("{}")
+                next(iter(by_config.values())).extend(orphans)
+            groups = [tuple(sorted(group, key=_seed_order)) for group in by_config.values()]
+            flat = [settings(next((run for run in group if run.config), group[0])) for group in groups]
+            keys |= _differing(flat)
+            found += [(task, *both) for both in zip(groups, flat, strict=True)]
+        short = _short(sorted(keys, key=_group_order))  # the same for all tasks: a contestant has one name
+        for task, group, config in found:
+            options = {short[key]: config.get(key, "unset") for key in short}
+            contestants.append((Contestant(labelled(layer, options), layer, task, group, options), config, short))
+    return with_sizes(contestants)
 
 
-def _options(configs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """What each of several configs has that the others have otherwise, under the shortest unmistakable keys."""
-    keys = sorted({key for config in configs for key in config}, key=_group_order)
-    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
-    last = Counter(key.rsplit(".", 1)[-1] for key in differing)
-    short = {key: tail if last[tail := key.rsplit(".", 1)[-1]] == 1 and tail != "name" else key for key in differing}
-    return [{short[key]: config.get(key, "unset") for key in differing} for config in configs]
+def _differing(configs: Sequence[Mapping[str, str]]) -> set[str]:
+    """The keys that not all of these have with one value."""
+    keys = {key for config in configs for key in config}
+    return {key for key in keys if len({config.get(key) for config in configs}) > 1}
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """Key -> the shortest unmistakable name of it."""
+    last = Counter(key.rsplit(".", 1)[-1] for key in keys)
+    return {key: tail if last[tail := key.rsplit(".", 1)[-1]] == 1 and tail != "name" else key for key in keys}
 
 
 def _group_order(key: str) -> tuple[int, str]:

@@ -35,12 +35,17 @@ class TaskFigure:
 class Row:
     """One contestant's line of the table. A number that no run tells is None.
 
-    Times, throughput and memory are medians over runs. Differences are contestant minus baseline, paired by seed.
+    Times, throughput and memory are medians over runs. Differences are contestant minus baseline, paired by seed. Where
+    contestants compete at several sizes, rank, leader, baseline and tests are among those of one size.
     """
 
     label: str
     layer: str
     task: str
+    size: str
+    """The size that it competes at; empty where all compete with each other."""
+    series: str
+    """Label without the size, where the same contestant is there in several sizes; else empty."""
     rank: int | None
     """1 is best; None without a score."""
     seeds: tuple[int | None, ...]
@@ -54,7 +59,7 @@ class Row:
     p_value: float | None
     """Of the paired permutation test against the baseline, uncorrected; None for fewer than two common seeds."""
     p_holm: float | None
-    """The same, Holm-corrected over all contestants of the task that are tested against the baseline."""
+    """The same, Holm-corrected over all contestants of that task and size that are tested against the baseline."""
     tie: bool | None
     """Whether the contestant is not separable from the baseline at 5 %; None where there is nothing to compare."""
     baseline: bool
@@ -93,7 +98,7 @@ class Row:
 def rank(comparison: Comparison, baseline: str | None = DEFAULT_BASELINE) -> list[Row]:
     """The table of a comparison, best contestant first; those without a score at the bottom.
 
-    Several tasks are ranked one after the other, each for itself.
+    Several tasks are ranked one after the other, each for itself; so are several sizes of a task.
 
     Args:
         comparison: What `load_comparison` read.
@@ -104,7 +109,12 @@ def rank(comparison: Comparison, baseline: str | None = DEFAULT_BASELINE) -> lis
         ValueError: If no contestant has that label or layer (unless it is the default, `"linear"`).
     """
     find_baseline(comparison, baseline)
-    return [row for part in comparison.split() for row in _rank_task(part, baseline)]
+    return [
+        row
+        for part in comparison.split()
+        for size in part.sizes
+        for row in _rank_size(part.at(size), baseline, _memory_kind(part.runs))
+    ]
 
 
 def find_baseline(comparison: Comparison, baseline: str | None) -> Contestant | None:
@@ -133,6 +143,57 @@ def default_baseline(comparison: Comparison) -> str | None:
     return next((name for name in wanted if name in layers), None)
 
 
+def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """One task's rows, as they compete; smallest size first."""
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        out.setdefault(row.size, []).append(row)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one contestant, or one series of contestants, did over all tasks and sizes."""
+
+    label: str
+    mean_rank: float | None
+    """Mean of its places; equal scores share theirs, and so do all that have no score, behind the others."""
+    contests: int
+    """In how many tasks and sizes it took part."""
+    firsts: int
+    """In how many of these none was better, alone or not."""
+    wins: int
+    """In how many the seeds separate it from every other contestant."""
+
+
+def standings(rows: Sequence[Row], label: Callable[[Row], str]) -> dict[str, Standing]:
+    """Places over all contests, that is tasks and sizes with more than one contestant, of what has one label."""
+    contests: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        contests.setdefault((row.task, row.size), []).append(row)
+    places: dict[str, list[tuple[float, bool, bool]]] = {}
+    for contest in contests.values():
+        means = [row.score.mean if row.score else None for row in contest]  # best first
+        alone = sum(mean is not None for mean in means) > 1 and not any(row.ties_leader for row in contest)
+        if means[0] is None or len(contest) < 2:
+            continue
+        for row, mean in zip(contest, means, strict=True):
+            shared = [place for place, other in enumerate(means, 1) if other == mean]
+            first = mean == means[0]
+            places.setdefault(label(row), []).append((statistics.fmean(shared), first, first and row.leader and alone))
+    return {
+        label(row): Standing(
+            label(row),
+            statistics.fmean(place for place, _, _ in had) if had else None,
+            len(had),
+            sum(first for _, first, _ in had),
+            sum(win for _, _, win in had),
+        )
+        for row in rows
+        for had in [places.get(label(row), [])]
+    }
+
+
 def improves(difference: float, mode: str) -> bool:
     """Whether a difference of scores is for the better."""
     return difference > 0 if mode == "max" else difference < 0
@@ -144,15 +205,14 @@ def _order(group: Contestant, mode: str) -> tuple[bool, float, str]:
     return (not values, -mean if mode == "max" else mean, group.label)
 
 
-def _rank_task(comparison: Comparison, baseline: str | None) -> list[Row]:
+def _rank_size(comparison: Comparison, baseline: str | None, memory_kind: str) -> list[Row]:
     mode = comparison.mode
     groups = sorted(comparison.groups, key=lambda group: _order(group, mode))
     try:
         base = find_baseline(comparison, baseline)
-    except ValueError:  # another task of the comparison has it
+    except ValueError:  # another task or size of the comparison has it
         base = None
     leader = groups[0] if groups and groups[0].counted else None
-    memory_kind = _memory_kind(comparison.runs)
 
     against_base = [_paired(group, base) for group in groups]
     p_values = [sign_flip_p(pairs) for pairs in against_base]
@@ -175,6 +235,8 @@ def _rank_task(comparison: Comparison, baseline: str | None) -> list[Row]:
                 label=group.label,
                 layer=group.layer,
                 task=group.task,
+                size=group.size,
+                series=group.series,
                 rank=place if scored else None,
                 seeds=tuple(run.seed for run in group.counted),
                 score=mean_interval(values) if values else None,
@@ -188,7 +250,7 @@ def _rank_task(comparison: Comparison, baseline: str | None) -> list[Row]:
                 leader=group is leader,
                 ties_leader=scored and group is not leader and (p_leader is None or p_leader > ALPHA or not behind),
                 p_leader=p_leader,
-                parameters=_first(run.parameters for run in _best_first(group.runs)),
+                parameters=group.parameters,
                 budget=_first(run.budget for run in _best_first(group.runs)),
                 flops=_first(run.flops for run in _best_first(group.runs)),
                 bytes_per_step=_median(group.runs, lambda run: run.bytes_per_step),

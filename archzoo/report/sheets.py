@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from archzoo.report.load import Comparison, Run
-from archzoo.report.ranking import MEMORY_KINDS, Row
+from archzoo.report.ranking import MEMORY_KINDS, Row, Standing, by_size, standings
+from archzoo.report.scaling import Series
 from archzoo.report.wording import (
     NOTHING,
     Scale,
     count,
     duration,
+    exponent,
     p_text,
     score_name,
     si,
@@ -73,8 +75,10 @@ def against_leader(row: Row, rows: Sequence[Row]) -> Cell:
 
 
 def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, colours: dict[str, int]) -> Sheet:
-    """Scores, differences, tests and statuses."""
+    """Scores, differences, tests and statuses; of several sizes one after the other."""
+    contests = by_size(rows)
     base = next((row for row in rows if row.baseline), None)
+    base_name = base.label if base and len(contests) == 1 else "the baseline"
     scored = sum(row.score is not None for row in rows)
     name = score_name(comparison)
     unit = " (%)" if scale.percent else ""
@@ -82,7 +86,7 @@ def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, col
     columns = ["#", "Contestant", f"{name[:1].upper()}{name[1:]}{unit}, 95 % CI"]
     numeric = [True, False, True]
     if base is not None and scored > 1:
-        columns += [f"Difference to {base.label}{' (points)' if scale.percent else ''}", f"Against {base.label}"]
+        columns += [f"Difference to {base_name}{' (points)' if scale.percent else ''}", f"Against {base_name}"]
         numeric += [True, False]
     if scored > 1:
         columns += ["Against the leader"]
@@ -91,12 +95,14 @@ def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, col
     numeric += [True for _ in figures]
     columns += ["Runs"]
     numeric += [False]
+    if len(contests) > 1:
+        columns, numeric = ["Size", *columns], [False, *numeric]
 
     table = []
     for row in rows:
         cells = [
             Cell(str(row.rank) if row.rank is not None else NOTHING),
-            Cell(row.label),
+            Cell(row.series or row.label if len(contests) > 1 else row.label),
             Cell(scale.value(row.score.mean), scale.interval(row.score)) if row.score else Cell(NOTHING),
         ]
         if base is not None and scored > 1:
@@ -107,7 +113,7 @@ def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, col
             )
             cells.append(against_baseline(row, comparison.mode))
         if scored > 1:
-            cells.append(against_leader(row, rows))
+            cells.append(against_leader(row, contests[row.size]))
         for key in figures:
             figure = row.figures.get(key)
             if figure is None or figure.value is None:
@@ -120,13 +126,16 @@ def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, col
                 cells.append(Cell(whole, f"of {figure.count}"))
         lost = row.score is None and any(row.statuses.get(status) for status in ("failed", "diverged", "unknown"))
         cells.append(Cell(statuses_text(row.statuses), "", "bad" if lost else ""))
+        if len(contests) > 1:
+            cells = [_size(row.size) if row is contests[row.size][0] else Cell(""), *cells]
         table.append(tuple(cells))
-    return _sheet("Ranking", columns, numeric, table, rows, colours, name_column=1, notes=True)
+    name_column = columns.index("Contestant")
+    return _sheet("Ranking", columns, numeric, table, rows, colours, name_column=name_column, notes=True)
 
 
 def cost_sheet(rows: Sequence[Row], colours: dict[str, int]) -> Sheet:
     """What each contestant costs."""
-    base = next((row for row in rows if row.baseline), None)
+    bases = {row.size: row for row in rows if row.baseline}
     columns = [
         "Contestant",
         "Parameters",
@@ -139,6 +148,7 @@ def cost_sheet(rows: Sequence[Row], colours: dict[str, int]) -> Sheet:
     columns += ["Kept for backward", "Peak GPU memory" if _has_gpu(rows) else "Peak RSS"]
     table = []
     for row in rows:
+        base = bases.get(row.size)
         relative = f"{times(row.step_time_s, base.step_time_s)} {base.label}" if base and not row.baseline else ""
         off = row.budget is not None and row.budget.within_tolerance is False
         table.append(
@@ -177,39 +187,123 @@ def runs_sheet(comparison: Comparison, scale: Scale, colours: dict[str, int]) ->
             indices.append(colours[group.label])
             kinds.append("" if run.counted else "unscored")
     numeric = (False, True, True, True, False, True, False)
-    empty = tuple(() for _ in table)
+    empty: tuple[tuple[str, ...], ...] = tuple(() for _ in table)
     return Sheet("Runs", tuple(columns), numeric, tuple(table), tuple(indices), tuple(kinds), empty)
 
 
+def scaling_sheet(series: Sequence[Series], comparison: Comparison, scale: Scale, colours: dict[str, int]) -> Sheet:
+    """The points of each series and the exponent through them."""
+    name = score_name(comparison)
+    columns = ["Contestant", "Exponent α", "Points", f"Parameters: median {name}{scale.unit} over seeds"]
+    rows = []
+    for line in series:
+        told = ", ".join(f"{point.parameters:,}: {scale.value(point.median)}" for point in line.points)
+        points = Cell(str(len(line.points)))
+        rows.append((Cell(line.label), Cell(exponent(line.law)), points, Cell(told or NOTHING)))
+    chips = [next((colours[p.row.label] for p in line.points), -1) for line in series]
+    return _plain_sheet("Score against parameters", columns, [False, True, True, False], rows, chips)
+
+
 def matrix_sheet(sections: Sequence[tuple[Comparison, Sequence[Row], Scale]]) -> Sheet:
-    """Contestants x tasks, where a comparison has several tasks."""
-    labels = sorted({row.label for _, rows, _ in sections for row in rows})
+    """Contestants x tasks, where a comparison has several tasks; with their mean rank and how often they were first."""
+    rows = [row for _, part, _ in sections for row in part]
+    several_sizes = len({row.size for row in rows}) > 1
+    overall = standings(rows, lambda row: row.label)
+    sizes = {row.label: row.size for row in rows}
+    order = list(dict.fromkeys(row.size for row in rows))
+    labels = sorted(overall, key=lambda label: (order.index(sizes[label]), _standing_order(overall[label])))
+    brief = len(sections) > 4  # of so many columns none may be wide
+    scores = [score_name(part) + scale.unit for part, _, scale in sections]
+    tasks = [part.groups[0].task for part, _, _ in sections]
+    one_score = scores[0] if len(set(scores)) == 1 else ""
     columns = ["Contestant"]
-    for part, _, scale in sections:
-        columns.append(f"{part.groups[0].task}: {score_name(part)}{scale.unit}")
-    table = []
+    columns += tasks if one_score else [f"{task}: {score}" for task, score in zip(tasks, scores, strict=True)]
+    columns += ["Mean rank", "First in"]
+    if several_sizes:
+        columns = ["Size", *columns]
+    table: list[tuple[Cell, ...]] = []
+    before = ""
+    series = {row.label: row.series for row in rows if several_sizes and row.series}
     for label in labels:
-        cells = [Cell(label)]
-        for _, rows, scale in sections:
-            scored = sum(row.score is not None for row in rows)
-            row = next((row for row in rows if row.label == label), None)
+        cells = [Cell(series.get(label, label))]
+        for _, part_rows, scale in sections:
+            row = next((row for row in part_rows if row.label == label), None)
             if row is None or row.score is None:
                 cells.append(Cell(NOTHING, statuses_text(row.statuses) if row else ""))
-            else:
-                place = against_leader(row, rows) if row.leader and scored > 1 else Cell("")
-                detail = " ".join(part for part in (scale.interval(row.score), place.text) if part)
-                cells.append(Cell(scale.value(row.score.mean), detail, place.tone))
+                continue
+            contest = [other for other in part_rows if other.size == row.size]
+            compared = sum(other.score is not None for other in contest) > 1
+            place = against_leader(row, contest) if row.leader and compared else Cell("")
+            words = [place.text] if brief else [scale.interval(row.score), place.text]
+            cells.append(Cell(scale.value(row.score.mean), " ".join(filter(None, words)), place.tone))
+        cells += _standing(overall[label])
+        if several_sizes:
+            cells = [Cell("") if sizes[label] == before else _size(sizes[label]), *cells]
+            before = sizes[label]
         table.append(tuple(cells))
-    empty: tuple[tuple[str, ...], ...] = tuple(() for _ in labels)
-    return Sheet(
-        "All tasks",
-        tuple(columns),
-        (False, *(True for _ in sections)),
-        tuple(table),
-        tuple(-1 for _ in labels),
-        tuple("" for _ in labels),
-        empty,
-    )
+    numeric = [column not in ("Contestant", "Size") for column in columns]
+    title = f"All tasks: {one_score}" if one_score else "All tasks"
+    return _plain_sheet(title, columns, numeric, table, [-1] * len(table), columns.index("Contestant"))
+
+
+def _size(size: str) -> Cell:
+    """A size in two lines: it heads a narrow column."""
+    number, _, unit = size.partition(" ")
+    return Cell(number, unit) if number[:1].isdigit() else Cell(size)
+
+
+def overview_sheet(
+    sections: Sequence[tuple[Comparison, Sequence[Row], Sequence[Series]]], colours: dict[str, int]
+) -> Sheet | None:
+    """One line a series, over all sizes and tasks: mean rank, firsts, and the exponent on each task. None without."""
+    rows = [row for _, part, _ in sections for row in part]
+    labels = {row.series: row.label for row in rows if row.series}
+    if not labels:
+        return None
+    columns, compete = ["Contestant"], len({row.size for row in rows}) > 1
+    overall = standings([row for row in rows if row.series], lambda row: row.series) if compete else {}
+    columns += ["Mean rank", "First in"] if compete else []
+    fitted = [
+        (part.groups[0].task, {line.label: line for line in series})
+        for part, _, series in sections
+        if any(line.law for line in series)
+    ]
+    columns += [f"{task}: α" if len(sections) > 1 else "Exponent α" for task, _ in fitted]
+    table = []
+    order = sorted(labels, key=lambda label: _standing_order(overall[label]) if compete else (0.0, label))
+    for label in order:
+        cells = [Cell(label), *(_standing(overall[label]) if compete else ())]
+        for _, series in fitted:
+            line = series.get(label)
+            cells.append(Cell(exponent(line.law)) if line else Cell(NOTHING))
+        table.append(tuple(cells))
+    numeric = [False, *(True for _ in columns[1:])]
+    return _plain_sheet("Over all sizes", columns, numeric, table, [colours[labels[label]] for label in order])
+
+
+def _standing_order(standing: Standing) -> tuple[float, str]:
+    return (float("inf") if standing.mean_rank is None else standing.mean_rank, standing.label)
+
+
+def _standing(standing: Standing) -> list[Cell]:
+    if standing.mean_rank is None:
+        return [Cell(NOTHING), Cell(NOTHING)]
+    wins = f"{standing.wins} separable" if standing.firsts else ""
+    return [Cell(f"{standing.mean_rank:.2f}"), Cell(f"{standing.firsts} of {standing.contests}", wins)]
+
+
+def _plain_sheet(
+    title: str,
+    columns: Sequence[str],
+    numeric: Sequence[bool],
+    table: Sequence[tuple[Cell, ...]],
+    colours: Sequence[int],
+    name_column: int = 0,
+) -> Sheet:
+    """A sheet whose rows have neither kind nor notes."""
+    empty: tuple[tuple[str, ...], ...] = tuple(() for _ in table)
+    kinds = tuple("" for _ in table)
+    return Sheet(title, tuple(columns), tuple(numeric), tuple(table), tuple(colours), kinds, empty, name_column)
 
 
 def _sheet(
@@ -240,8 +334,12 @@ def _has_gpu(rows: Sequence[Row]) -> bool:
 
 
 def _widths(row: Row) -> str:
-    """The widths that the budget search found; a stack of equal ones once."""
-    widths = row.budget.widths if row.budget else ()
+    """What the budget search found: the widths, a stack of equal ones once, or the option that it varied instead."""
+    if row.budget is None:
+        return ""
+    if row.budget.option is not None:
+        return f"{row.budget.option} {row.budget.value}"
+    widths = row.budget.widths
     if not widths:
         return ""
     if len(set(widths)) == 1:

@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archzoo.report.load import Comparison, Run, settings
-from archzoo.report.ranking import Row, improves
+from archzoo.report.ranking import Row, by_size, improves
+from archzoo.report.scaling import PowerLaw, Series, all_series
 from archzoo.report.stats import (
     ALPHA,
     BOOTSTRAP_FROM,
@@ -37,7 +38,7 @@ class Scale:
         if _FRACTION.search(metric.lower()) and all(0 <= value <= 1 for value in values):
             return cls(metric, True, 2)
         sizes = [abs(value) for value in values if value]
-        if not sizes or max(sizes) / min(sizes) > 1000 or not 1e-3 <= max(sizes) < 1e6:
+        if not sizes or max(sizes) / min(sizes) > 100 or not 1e-3 <= max(sizes) < 1e6:
             return cls(metric, False, None)
         return cls(metric, False, min(6, max(0, 3 - math.floor(math.log10(max(sizes))))))
 
@@ -83,7 +84,8 @@ class Scale:
         if interval is None:
             return NOTHING
         half = interval.half_width
-        return self.value(interval.mean, sign) + (f" ±{self.value(half)}" if half is not None else "")
+        told = f"{half:.2g}" if self.decimals is None and half else self.value(half)
+        return self.value(interval.mean, sign) + (f" ±{told}" if half is not None else "")
 
 
 def count(value: float | None) -> str:
@@ -172,11 +174,80 @@ def score_name(comparison: Comparison) -> str:
     return " ".join(part for part in (comparison.score_split, comparison.metric) if part)
 
 
+def score_label(comparison: Comparison, scale: Scale) -> str:
+    """What an axis of scores is called: Test accuracy (%)."""
+    name = score_name(comparison)
+    better = ", lower is better" if comparison.mode == "min" else ""
+    return f"{name[:1].upper()}{name[1:]}{' (%)' if scale.percent else ''}{better}"
+
+
 def verdict(comparison: Comparison, rows: Sequence[Row], scale: Scale) -> Verdict:
     """The verdict on one task's rows."""
+    caveats = _caveats(comparison, rows)
+    contests = by_size(rows)
+    if len(contests) > 1:
+        judged = _of_sizes(comparison, contests, scale)
+    else:
+        judged = _of_one_size(comparison, rows, scale, caveats)
+    laws = exponents(all_series(comparison, rows), comparison)
+    return Verdict(judged.sentence, (*judged.details, laws) if laws else judged.details, caveats)
+
+
+def exponents(series: Sequence[Series], comparison: Comparison) -> str:
+    """A sentence on how the score falls with the parameters; empty where no power law could be fitted."""
+    told = exponents_of(series)
+    return f"Exponent α of {score_name(comparison)} ~ parameters^-α, ± its standard error: {told}." if told else ""
+
+
+def exponents_of(series: Sequence[Series]) -> str:
+    """kan 3.18 ± 0.09 and linear 1.43 ± 0.10."""
+    told = [f"{s.label} {exponent(s.law)}" for s in series if s.law]
+    return listing(told) if told else ""
+
+
+def exponent(law: PowerLaw | None) -> str:
+    """3.92 ± 0.21; without an error where there are two points only."""
+    if law is None:
+        return NOTHING
+    return f"{law.exponent:.2f}" + (f" ± {law.error:.2f}" if law.error is not None else "")
+
+
+def _of_sizes(comparison: Comparison, contests: Mapping[str, Sequence[Row]], scale: Scale) -> Verdict:
+    """Who leads at which size, and the sentence on each size."""
+    places: dict[tuple[str, bool], list[str]] = {}
+    details: list[str] = []
+    power: list[str] = []
+    for size, labelled in contests.items():
+        rows = [replace(row, label=row.series or row.label) for row in labelled]  # the size is said anyway
+        scored = [row for row in rows if row.score is not None]
+        judged = _of_one_size(comparison.at(size), rows, scale, ())
+        details.append(f"At {size}: {judged.sentence}")
+        power += [line for line in _power(scored) if not power]
+        if len(scored) > 1:
+            won = not any(row.ties_leader for row in scored)
+            places.setdefault((scored[0].label, won), []).append(size)
+    if not places:
+        return Verdict("No winner: at no size are there two contestants with a score.", tuple(details), ())
+    ordered = sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
+    told = []
+    for (label, won), at in ordered:
+        where = f"all {len(at)} sizes" if len(at) == len(contests) else _sizes(at)
+        told.append(f"{label} {'wins' if won else 'leads'} at {where}")
+    doubt = "" if any(won for _, won in places) else "; no lead is separable from all others"
+    return Verdict(f"{'; '.join(told)}{doubt}.", (*details, *power), ())
+
+
+def _sizes(sizes: Sequence[str]) -> str:
+    """100, 200 and 400 parameters; width 16 and 32."""
+    if all(size.startswith("width ") for size in sizes):
+        return f"width {listing([size.removeprefix('width ') for size in sizes])}"
+    numbers, units = zip(*(size.rsplit(" ", 1) for size in sizes), strict=True)
+    return f"{listing(numbers)} {units[0]}" if len(set(units)) == 1 else listing(sizes)
+
+
+def _of_one_size(comparison: Comparison, rows: Sequence[Row], scale: Scale, caveats: tuple[str, ...]) -> Verdict:
     name = score_name(comparison)
     scored = [row for row in rows if row.score is not None]
-    caveats = _caveats(comparison, rows)
     if not scored:
         runs = plural(len(comparison.runs), "run")
         told = statuses_text(
@@ -210,6 +281,7 @@ def verdict(comparison: Comparison, rows: Sequence[Row], scale: Scale) -> Verdic
 
 
 _BAD = ("diverged", "failed", "unknown")
+_MOST_NAMED = 4
 
 
 def _score_words(row: Row, scale: Scale) -> str:
@@ -326,9 +398,14 @@ def _caveats(comparison: Comparison, rows: Sequence[Row]) -> tuple[str, ...]:
     lost = [f"{row.label} ({statuses_text(row.statuses)})" for row in rows if row.score is None]
     if lost and len(lost) < len(rows):
         caveats.append(f"Without a score: {listing(lost)}.")
-    off = [f"{row.label} ({row.budget})" for row in rows if row.budget and row.budget.within_tolerance is False]
-    if off:
-        caveats.append(f"Not within the budget's tolerance: {listing(off)}.")
+    off = [(row, row.budget) for row in rows if row.budget and row.budget.within_tolerance is False]
+    if 0 < len(off) <= _MOST_NAMED:
+        told = listing([f"{row.label} ({budget})" for row, budget in off])
+        caveats.append(f"Not within the budget's tolerance: {told}.")
+    elif off:
+        by = [100 * (budget.deviation or 0.0) for _, budget in off]
+        told = f"{len(off)} of {len(rows)} contestants, by {min(by):+.1f} to {max(by):+.1f} %"
+        caveats.append(f"Not within the budget's tolerance: {told}; the table of costs has each.")
     for what, values in (
         ("machines", {(run.host, run.cpu, run.device) for run in comparison.runs if run.step_time_s is not None}),
         ("thread counts", {run.threads for run in comparison.runs if run.step_time_s is not None}),
@@ -348,9 +425,21 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     used = {interval.method for row in rows for interval in (row.score, row.difference) if interval is not None}
     tested = sum(row.p_value is not None for row in rows)
     base = next((row.label for row in rows if row.baseline), None)
-    shared = sum(row.layer == base_row.layer for row in rows) if (base_row := _base(rows)) else 0
+    shared = max(
+        (
+            sum(row.layer == base_row.layer for row in contest)
+            for contest in by_size(rows).values()
+            if (base_row := _base(contest))
+        ),
+        default=0,
+    )
     lines = []
     kinds = []
+    sizes = by_size(rows)
+    if len(sizes) > 1:
+        tested = max(sum(row.p_value is not None for row in contest) for contest in sizes.values())
+        base = "the baseline of the same size"
+        lines.append("Ranks, differences, tests and ties are among the contestants of one size.")
     if "t" in used:
         kinds.append(f"Student's t over seeds (fewer than {BOOTSTRAP_FROM} seeds)")
     if "BCa" in used:
@@ -369,7 +458,7 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
             f"the paired differences, two-sided; exact up to {EXACT_UP_TO} pairs, {RESAMPLES} random flips beyond)."
         )
         if shared > 1:
-            lines.append(f"Of {shared} contestants with that layer the one with the best mean is the baseline.")
+            lines.append(f"Of {shared} contestants with its layer the one with the best mean is the baseline.")
     else:
         lines.append("No contestant is the baseline; the others are tested against the leader only.")
     if tested > 1:
@@ -400,6 +489,17 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "medians over runs; step time is each run's median. FLOPs are of one sample's forward pass; a multiply and "
         "an add count 1 each."
     )
+    series = all_series(comparison, rows)
+    if series:
+        drawn = "Score against parameters: medians over seeds"
+        fitted = [s.law for s in series if s.law]
+        lines.append(
+            f"{drawn}, all points of a series; the exponent is of a least-squares line through the logarithms of both, "
+            "its standard error of the scatter about it. A score that has reached its floor (rounding, noise, "
+            "optimisation) makes it smaller."
+            if fitted
+            else f"{drawn}."
+        )
     if any("success" in row.figures for row in rows):
         lines.append(
             "Success rates are over the runs that ended, where a diverged run is no success; intervals are Wilson's, "
@@ -408,6 +508,26 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     others = sorted({name for row in rows for name in row.figures if name != "success"})
     if others:
         lines.append(f"Medians over the runs that have the figure: {listing(others)}.")
+    return lines
+
+
+def overview_notes(rows: Sequence[Row], series: Sequence[Series]) -> list[str]:
+    """How mean ranks, firsts and exponents over several tasks are meant."""
+    sized = len({row.size for row in rows}) > 1
+    lines = [
+        "Mean rank: mean of a contestant's places over the tasks"
+        + (", at equal size" if sized else "")
+        + ". Equal scores share their places, and so do all contestants without a score, behind the others. First in: "
+        "how often none was better; separable: how often the seeds tell it from every other."
+    ]
+    if any(line.law for line in series):
+        points = sorted({len(line.points) for line in series if line.law})
+        counts = [point.parameters for line in series if line.law for point in line.points]
+        lines.append(
+            "α: exponent of the power law score ~ parameters^-α, by least squares in log-log on the medians over "
+            f"seeds, through all points ({' or '.join(map(str, points))} a series, from {min(counts):,} to "
+            f"{max(counts):,} parameters), ± its standard error."
+        )
     return lines
 
 

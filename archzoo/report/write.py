@@ -8,14 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from archzoo.report.canvas import PALETTE, Picture, Style, inline, plain_matplotlib
 from archzoo.report.files import write_atomically
 from archzoo.report.latex import PREAMBLE
 from archzoo.report.latex import table as latex_table
+from archzoo.report.lines import small_multiples
 from archzoo.report.load import Comparison, load_comparison
-from archzoo.report.plots import PALETTE, Picture, draw, inline, styles
+from archzoo.report.plots import draw, styles
 from archzoo.report.ranking import Row, default_baseline, find_baseline, rank
-from archzoo.report.sheets import Cell, Sheet, cost_sheet, matrix_sheet, ranking_sheet, runs_sheet
-from archzoo.report.wording import Scale, Verdict, command, methods, setting, shared_settings, verdict
+from archzoo.report.scaling import Series, all_series
+from archzoo.report.sheets import (
+    Cell,
+    Sheet,
+    cost_sheet,
+    matrix_sheet,
+    overview_sheet,
+    ranking_sheet,
+    runs_sheet,
+    scaling_sheet,
+)
+from archzoo.report.wording import (
+    Scale,
+    Verdict,
+    command,
+    methods,
+    overview_notes,
+    setting,
+    shared_settings,
+    verdict,
+)
 
 FIGURES = "figures"
 
@@ -37,6 +58,9 @@ class Section:
     command: str | None
     methods: list[str]
     pictures: dict[str, Picture]
+    series: tuple[Series, ...]
+    scaling: Sheet | None
+    """The points and exponents of the series, where there are any."""
 
     @property
     def curves(self) -> list[Picture]:
@@ -49,11 +73,25 @@ class Section:
         return [picture for name, picture in self.pictures.items() if name.startswith("score-")]
 
 
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What the report says of several tasks together."""
+
+    matrix: Sheet
+    """Contestants x tasks."""
+    series: Sheet | None
+    """Mean rank over all sizes, and the exponents, of each series."""
+    picture: Picture | None
+    """Score against parameters, a panel a task."""
+    notes: tuple[str, ...]
+
+
 def write_report(folder: str | Path, baseline: str | None = None) -> Path:
     """Writes `report.html`, `report.md`, `report.csv`, `report.tex` and `figures/*.svg` into a comparison's folder.
 
-    `report.html` needs no other file, no network and no script. Each file is replaced as a whole, and depends on the
-    runs alone: a second call writes the same bytes.
+    Where contestants are there in several sizes, `scaling.csv` has their points and exponents. `report.html` needs no
+    other file, no network and no script. Each file is replaced as a whole, and depends on the runs alone: a second call
+    writes the same bytes.
 
     Args:
         folder: The comparison's folder, as `outputs/digits`.
@@ -69,15 +107,17 @@ def write_report(folder: str | Path, baseline: str | None = None) -> Path:
     folder = Path(folder)
     comparison = load_comparison(folder)
     sections = report_sections(comparison, baseline)
+    overview = report_overview(comparison, sections)
     figures = folder / FIGURES
     figures.mkdir(exist_ok=True)
-    for section in sections:
-        for picture in section.pictures.values():
-            write_atomically(figures / f"{picture.name}.svg", picture.svg)
-    write_atomically(folder / "report.md", markdown(comparison, sections))
+    for picture in _pictures(sections, overview):
+        write_atomically(figures / f"{picture.name}.svg", picture.svg)
+    write_atomically(folder / "report.md", markdown(comparison, sections, overview))
     write_atomically(folder / "report.csv", csv_text(sections))
-    write_atomically(folder / "report.tex", latex(comparison, sections))
-    return write_atomically(folder / "report.html", html(comparison, sections))
+    if any(section.series for section in sections):
+        write_atomically(folder / "scaling.csv", scaling_csv(sections))
+    write_atomically(folder / "report.tex", latex(comparison, sections, overview))
+    return write_atomically(folder / "report.html", html(comparison, sections, overview))
 
 
 def report_sections(comparison: Comparison, baseline: str | None = None) -> list[Section]:
@@ -89,12 +129,13 @@ def report_sections(comparison: Comparison, baseline: str | None = None) -> list
     ranked: dict[str, list[Row]] = {}
     for row in rank(comparison, chosen):
         ranked.setdefault(row.task, []).append(row)
-    looks = styles(comparison, [row.label for rows in ranked.values() for row in rows if row.baseline])
+    looks = _looks(comparison, [row for rows in ranked.values() for row in rows])
     colours = {label: look.index for label, look in looks.items()}
     sections = []
     for place, part in enumerate(parts, 1):
         rows = ranked[part.groups[0].task]
         scale = Scale.of(part.metric, [value for row in rows for value in row.values])
+        series = all_series(part, rows)
         sections.append(
             Section(
                 task=part.groups[0].task,
@@ -110,22 +151,50 @@ def report_sections(comparison: Comparison, baseline: str | None = None) -> list
                 command=command(part),
                 methods=methods(part, rows),
                 pictures=draw(part, rows, scale, looks, f"task{place}-" if len(parts) > 1 else ""),
+                series=tuple(series),
+                scaling=scaling_sheet(series, part, scale, colours) if series else None,
             )
         )
     return sections
 
 
-def html(comparison: Comparison, sections: Sequence[Section]) -> str:
+def report_overview(comparison: Comparison, sections: Sequence[Section]) -> Overview | None:
+    """What there is to say of all tasks together; None for one task."""
+    if len(sections) < 2:
+        return None
+    looks = _looks(comparison, [row for section in sections for row in section.rows])
+    colours = {label: look.index for label, look in looks.items()}
+    with plain_matplotlib():
+        picture = small_multiples([(s.comparison, s.series, s.scale) for s in sections], looks)
+    rows = [row for section in sections for row in section.rows]
+    return Overview(
+        matrix_sheet([(section.comparison, section.rows, section.scale) for section in sections]),
+        overview_sheet([(section.comparison, section.rows, section.series) for section in sections], colours),
+        picture,
+        tuple(overview_notes(rows, [line for section in sections for line in section.series])),
+    )
+
+
+def _looks(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Style]:
+    return styles(comparison, [row.label for row in rows if row.baseline])
+
+
+def _pictures(sections: Sequence[Section], overview: Overview | None) -> list[Picture]:
+    first = [overview.picture] if overview and overview.picture else []
+    return [*first, *(picture for section in sections for picture in section.pictures.values())]
+
+
+def html(comparison: Comparison, sections: Sequence[Section], overview: Overview | None = None) -> str:
     """The report as one HTML page."""
-    several = len(sections) > 1
-    pictures = [picture for section in sections for picture in section.pictures.values()]
+    files = ["report.md", "report.csv", "report.tex"]
+    files += ["scaling.csv"] if any(section.series for section in sections) else []
     return render(
         "report.html.j2",
         title=f"{comparison.name}: which layer won",
         name=comparison.name,
         sections=sections,
-        matrix=_matrix(sections) if several else None,
-        figure_files=[f"{FIGURES}/{picture.name}.svg" for picture in pictures],
+        overview=overview,
+        files=[*files, *(f"{FIGURES}/{picture.name}.svg" for picture in _pictures(sections, overview))],
     )
 
 
@@ -146,13 +215,18 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
+def markdown(comparison: Comparison, sections: Sequence[Section], overview: Overview | None = None) -> str:
     """The report as Markdown, in GitHub's dialect."""
     several = len(sections) > 1
     lines = [f"# {text_markdown(comparison.name)}", ""]
-    if several:
-        lines += [markdown_table(_matrix(sections)), ""]
+    if overview:
         lines += [f"- {text_markdown(s.task)}: {text_markdown(s.verdict.sentence)}" for s in sections] + [""]
+        if overview.series:
+            lines += ["## Over all sizes", "", markdown_table(overview.series), ""]
+        if overview.picture:
+            lines += [_md_picture(overview.picture), "", text_markdown(overview.picture.caption), ""]
+        lines += [f"## {text_markdown(overview.matrix.title)}", "", markdown_table(overview.matrix), ""]
+        lines += [*(f"- {text_markdown(note)}" for note in overview.notes), ""]
     mark = "###" if several else "##"
     for section in sections:
         if several:
@@ -167,6 +241,8 @@ def markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
         notes = [f"- {text_markdown(row.label)}: {text_markdown(note)}" for row in section.rows for note in row.notes]
         if notes:
             lines += [*notes, ""]
+        if section.scaling:
+            lines += [f"{mark} Score against parameters", "", markdown_table(section.scaling), ""]
         lines += [f"{mark} Cost", "", markdown_table(section.cost), ""]
         for title, pictures in (("Learning curves", section.curves), ("Score against cost", section.trade_offs)):
             if pictures:
@@ -191,12 +267,18 @@ def markdown_table(sheet: Sheet) -> str:
     return "\n".join(lines)
 
 
-def latex(comparison: Comparison, sections: Sequence[Section]) -> str:
+def latex(comparison: Comparison, sections: Sequence[Section], overview: Overview | None = None) -> str:
     r"""The rankings and costs as LaTeX tables, for a document with `\usepackage{booktabs}`."""
     lines = [*PREAMBLE]
+    if overview:
+        label = f"tab:{_latex_label(comparison.name)}"
+        notes = " ".join(overview.notes)
+        if overview.series:
+            lines += ["", *latex_table(overview.series, f"{comparison.name}, all tasks. {notes}", f"{label}-sizes")]
+        lines += ["", *latex_table(overview.matrix, f"{comparison.name}, all tasks. {notes}", f"{label}-tasks")]
     for section in sections:
         of = f"{comparison.name}, task {section.task}"
-        label = "".join(c if c.isalnum() and c.isascii() else "-" for c in f"{comparison.name}-{section.task}".lower())
+        label = _latex_label(f"{comparison.name}-{section.task}")
         tested = sum(row.p_holm is not None for row in section.rows)
         test = f"; p of a paired sign-flip permutation test, Holm-corrected over {tested}" if tested else ""
         tied = any(row.ties_leader for row in section.rows)
@@ -206,18 +288,27 @@ def latex(comparison: Comparison, sections: Sequence[Section]) -> str:
         daggers = [row.ties_leader for row in section.rows]
         left_out = ("#", "Against the leader", "Runs")
         lines += ["", *latex_table(section.ranking, told, f"tab:{label}", left_out, daggers=daggers)]
+        if section.scaling:
+            told = f"{of}: exponent of score ~ parameters^-α, and its standard error."
+            lines += ["", *latex_table(section.scaling, told, f"tab:{label}-scaling", section.scaling.columns[-1:])]
         lines += ["", *latex_table(section.cost, f"{of}: cost.", f"tab:{label}-cost", ("Samples/s",), details=False)]
     return "\n".join(lines) + "\n"
+
+
+def _latex_label(text: str) -> str:
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in text.lower())
 
 
 def csv_text(sections: Sequence[Section]) -> str:
     """One line per contestant, numbers in full and in SI units or bytes, fractions as fractions."""
     figures = sorted({name for section in sections for row in section.rows for name in row.figures})
     columns = [
-        *("task", "metric", "split", "mode", "rank", "label", "layer", "baseline", "leader", "ties_leader"),
+        *("task", "metric", "split", "mode", "size", "rank", "label", "layer", "series", "baseline", "leader"),
+        "ties_leader",
         *("ties_baseline", "n_seeds", "seeds", "score_mean", "score_low", "score_high", "interval"),
         *("difference_mean", "difference_low", "difference_high", "common_seeds", "p", "p_holm"),
-        *("parameters", "budget_target", "budget_deviation", "within_tolerance", "flops_per_sample"),
+        *("parameters", "budget_target", "budget_deviation", "within_tolerance", "widths", "option"),
+        "flops_per_sample",
         *("bytes_per_step", "step_time_s", "samples_per_s", "saved_for_backward_bytes", "peak_rss_bytes"),
         *("peak_cuda_bytes", "done", "running", "interrupted", "diverged", "failed", "unknown"),
         *(f"task_{name}{end}" for name in figures for end in ("", "_count")),
@@ -235,9 +326,11 @@ def csv_text(sections: Sequence[Section]) -> str:
                 "metric": part.metric,
                 "split": part.score_split,
                 "mode": part.mode,
+                "size": row.size,
                 "rank": row.rank,
                 "label": row.label,
                 "layer": row.layer,
+                "series": row.series,
                 "baseline": row.baseline,
                 "leader": row.leader,
                 "ties_leader": row.ties_leader,
@@ -251,6 +344,8 @@ def csv_text(sections: Sequence[Section]) -> str:
                 "budget_target": budget.target if budget else None,
                 "budget_deviation": budget.deviation if budget else None,
                 "within_tolerance": budget.within_tolerance if budget else None,
+                "widths": " ".join(map(str, budget.widths)) if budget else None,
+                "option": f"{budget.option}={budget.value}" if budget and budget.option else None,
                 "flops_per_sample": row.flops,
                 "bytes_per_step": row.bytes_per_step,
                 "step_time_s": row.step_time_s,
@@ -271,11 +366,23 @@ def csv_text(sections: Sequence[Section]) -> str:
     return buffer.getvalue()
 
 
+def scaling_csv(sections: Sequence[Section]) -> str:
+    """One line a point of a series: the score over seeds, and the power law through all points of the series."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    head = ("task", "series", "layer", "label", "parameters", "median", "low", "high", "n_seeds")
+    writer.writerow([*head, "exponent", "exponent_error", "factor", "points"])
+    for section in sections:
+        for line in section.series:
+            law = line.law
+            fit = (law.exponent, law.error, law.factor, law.points) if law else (None,) * 4
+            for p in line.points:
+                told = (section.task, line.label, line.layer, p.row.label, p.parameters, p.median, p.low, p.high)
+                writer.writerow([_csv(value) for value in (*told, p.row.count, *fit)])
+    return buffer.getvalue()
+
+
 _STATUS_COLUMNS = ("done", "running", "interrupted", "diverged", "failed", "unknown")
-
-
-def _matrix(sections: Sequence[Section]) -> Sheet:
-    return matrix_sheet([(section.comparison, section.rows, section.scale) for section in sections])
 
 
 def _csv(value: object) -> object:

@@ -4,17 +4,22 @@ import functools
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from archzoo.budget import Match, count_flops, count_parameters, match_widths
+from archzoo.budget import Match, count_flops, count_parameters, match_option, match_widths
 from archzoo.models.model import LayerFactory, models
-from archzoo.registry import list_layers
+from archzoo.names import suggest
+from archzoo.registry import layer_options, list_layers
 from archzoo.tasks.task import DatasetError, Task, tasks
 from archzoo.training.config import ConfigError, OptimizerConfig, SchedulerConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from archzoo.training.callbacks import Callback
 
 
 def data_dir(config: TrainConfig) -> Path | None:
@@ -77,7 +82,25 @@ def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
     name = options.pop("name")
     if widths is not None:
         options |= {"widths": widths}
+    if options.get("hidden") is not None:
+        options["hidden"] = _hidden(config, task)
     return models.create(name, _factory(layer), task.input_shape, task.output_size, **options)
+
+
+def _hidden(config: TrainConfig, task: Task) -> Any:
+    """The hidden levels that a configuration lists one by one, or leaves to what the task knows."""
+    hidden = config.model["hidden"]
+    if config.budget.match != "none":
+        raise ConfigError(f"model.hidden={hidden}: leaves no width that a budget could choose; set budget.match=none")
+    if hidden != "task":
+        return hidden
+    known = getattr(task, "hidden", None)
+    if not known:
+        options = "".join(f", {key}={value}" for key, value in config.task.items() if key == "function")
+        raise ConfigError(
+            f"model.hidden=task: none is known for task {config.task['name']}{options}; give a list, as [5] or [[2, 1]]"
+        )
+    return known
 
 
 def _refused(group: str, values: dict[str, Any], error: Exception) -> ConfigError:
@@ -97,7 +120,8 @@ def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
 
 
 def choose_widths(config: TrainConfig, task: Task) -> Match | None:
-    """The hidden widths at which the contestant's count meets the budget; None if nothing is to be matched.
+    """The hidden widths at which the contestant's count meets the budget, or the value of the option that
+    `budget.vary` names for its layer; None if nothing is to be matched.
 
     Raises:
         ConfigError: If the layer, the model or the budget cannot be had; names the nearest reachable count.
@@ -111,10 +135,9 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
         raise _refused(group, config.model if group == "model" else layer, error) from error
     if budget.match == "none":
         return None
+    option = _varied_option(config)
     if isinstance(budget.to, str):
         if budget.to not in list_layers():
-            from archzoo.names import suggest
-
             raise ConfigError(f"budget.to={budget.to}: no such layer, {suggest(budget.to, list_layers())}")
         if budget.to == layer["name"]:
             if own is None:
@@ -127,27 +150,55 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
     else:
         target = float(budget.to)
 
-    def count(widths: tuple[int, ...]) -> int | None:
+    def count(widths: tuple[int, ...], changed: dict[str, Any] | None = None) -> int | None:
         try:
-            return _count(config, layer, task, widths)
+            return _count(config, layer | (changed or {}), task, widths)
         except ValueError:  # a width that the layer cannot have, as 6 for phm with n=4
             return None
 
-    if not _widths(config):
+    own_widths = _widths(config)
+    if not (own_widths or option):
         raise ConfigError("model.depth=0: there is no hidden width to choose; set model.depth=1 or budget.match=none")
     try:
-        match = match_widths(count, len(_widths(config)), target, budget.tolerance)
+        if option:
+            match = match_option(
+                lambda value: count(own_widths, {option: value}), option, target, budget.tolerance, own_widths
+            )
+        else:
+            match = match_widths(count, len(own_widths), target, budget.tolerance)
     except ValueError as error:
+        keys = f"budget.to={budget.to}" + (f", budget.vary.{layer['name']}={option}" if option else "")
         raise ConfigError(
-            f"budget.to={budget.to}: {target:,.0f} {key} cannot be reached with layer {layer['name']}; {error}"
+            f"{keys}: {target:,.0f} {key} cannot be reached with layer {layer['name']}; {error}"
         ) from error
     if abs(match.deviation) > budget.tolerance and budget.unreachable == "error":
+        chosen = f"{option} {match.value}" if option else f"widths {list(match.widths)}"
         raise ConfigError(
-            f"budget.to={budget.to}: no width gives layer {layer['name']} {target:,.0f} {key} within budget.tolerance="
-            f"{budget.tolerance:g}; the nearest reachable count is {match.count:,} ({match.deviation:+.1%}, widths "
-            f"{list(match.widths)}); accept it with budget.unreachable=nearest"
+            f"budget.to={budget.to}: no {option or 'width'} gives layer {layer['name']} {target:,.0f} {key} within "
+            f"budget.tolerance={budget.tolerance:g}; the nearest reachable count is {match.count:,} "
+            f"({match.deviation:+.1%}, {chosen}); accept it with budget.unreachable=nearest"
         )
     return match
+
+
+def _varied_option(config: TrainConfig) -> str | None:
+    """The option of the contestant that the budget varies; None if it varies the widths."""
+    name, vary = config.layer["name"], config.budget.vary
+    for layer in vary:
+        if layer not in list_layers():
+            raise ConfigError(f"budget.vary.{layer}: no such layer, {suggest(layer, list_layers())}")
+    if name not in vary:
+        return None
+    option, key = vary[name], f"budget.vary.{name}={vary[name]}"
+    options = layer_options(name)
+    if option not in options:
+        raise ConfigError(f"{key}: layer {name} has no such option, {suggest(option, sorted(options))}")
+    value = config.layer.get(option, options[option])
+    if not isinstance(value, int) or isinstance(value, bool):
+        whole = sorted(k for k, v in options.items() if isinstance(v, int) and not isinstance(v, bool))
+        others = f"choose one of {', '.join(whole)}" if whole else f"layer {name} has none that is"
+        raise ConfigError(f"{key}: option {option} ({value}) is not a whole number; {others}")
+    return str(option)
 
 
 def _widths(config: TrainConfig) -> tuple[int, ...]:
@@ -172,10 +223,15 @@ def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
     raise first
 
 
-def build_model(config: TrainConfig, task: Task) -> tuple[nn.Module, Match | None]:
-    """The contestant's model at its budget, on the CPU, and the widths chosen."""
+def build_model(
+    config: TrainConfig, task: Task, callbacks: Sequence["Callback"] = ()
+) -> tuple[nn.Module, Match | None]:
+    """The contestant's model at its budget, as its training begins, on the CPU; and what the budget chose."""
     match = choose_widths(config, task)
-    return _build(config, config.layer, task, match.widths if match else None), match
+    layer = config.layer | ({match.option: match.value} if match and match.option else {})
+    for callback in callbacks:
+        layer |= callback.prepare(config, match)
+    return _build(config, layer, task, match.widths if match else None), match
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -187,8 +243,6 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     if config.name == "lbfgs":
         return _build_lbfgs(config, model)
     import timm.optim
-
-    from archzoo.names import suggest
 
     names = ["lbfgs", *map(str, timm.optim.list_optimizers())]  # type: ignore[attr-defined]
     if config.name not in names:

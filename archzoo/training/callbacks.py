@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.registry import Registry
-from archzoo.training.config import ConfigError
+from archzoo.budget import Match
+from archzoo.registry import Registry, get_layer, layer_options
+from archzoo.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from archzoo.training.loop import Trainer
@@ -25,6 +26,18 @@ class Callback:
     with the same bits. One that replaces, adds, removes, freezes or frees parameters calls
     `trainer.rebuild_optimizer()` behind it, and says by `restore` how to do it again.
     """
+
+    def prepare(self, config: TrainConfig, match: Match | None) -> Mapping[str, Any]:
+        """Before the model is built.
+
+        Args:
+            config: The run's.
+            match: What the budget chose for the contestant.
+
+        Returns:
+            Options of the layer with which the model is built, where they are not the configured or chosen ones.
+        """
+        return {}
 
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step of this process; the model is built and a checkpoint, if any, is loaded."""
@@ -41,6 +54,15 @@ class Callback:
     def on_end(self, trainer: "Trainer") -> None:
         """After the last step, before the final evaluation."""
 
+    def summarize(self, trainer: "Trainer", model: nn.Module) -> Mapping[str, Any]:
+        """What the run's record says of it, in `summary.task` beside what the task says: numbers, and texts.
+
+        Args:
+            trainer: At the end of training.
+            model: The model that is scored, with the best weights.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive an interruption, as plain JSON."""
         return {}
@@ -56,7 +78,7 @@ class Callback:
         """The inverse of `state_dict`; called when the weights are loaded."""
 
 
-callbacks: Registry[type[Callback]] = Registry("callback", "archzoo.training.callbacks")
+callbacks: Registry[type[Callback]] = Registry("callback", "archzoo.training")
 register_callback = callbacks.register
 
 
@@ -167,22 +189,61 @@ class GridRefine(Callback):
     A module inside one that has the method too is left to that one. The functions stay, the parameters are new: see
     `Trainer.rebuild_optimizer`. In particular the run's best evaluation is then one of the last grid.
 
+    The sizes are given, with where they begin, or left to the budget: where `budget.vary` chooses the layer's
+    `grid_size`, training begins with the configured one and ends with the chosen one, which is what was counted.
+
     Args:
-        sizes: Grid sizes, each larger than the one before, and the first no smaller than the layers' own.
-        at: Fraction of the budget at which each of them begins.
+        sizes: Grid sizes, each larger than the one before, and the first no smaller than the layers' own. None: from
+            the configured one to the one that the budget chose, each larger by about the same factor.
+        at: Fraction of the budget at which each of them begins. With `sizes` only.
+        stages: Number of grids, the first one included, that share the budget evenly. Without `sizes` only.
     """
 
-    def __init__(self, sizes: Sequence[int], at: Sequence[float]):
-        if not (_increasing(sizes, int) and sizes and sizes[0] >= 1):
+    def __init__(
+        self, sizes: Sequence[int] | None = None, at: Sequence[float] | None = None, stages: int | None = None
+    ):
+        self.sizes: list[int] = []
+        self.at: list[float] = []
+        self.done, self.stages = 0, stages
+        if stages is not None:
+            if sizes is not None or at is not None:
+                raise ValueError(f"stages={stages}: leave it out, or leave out sizes={sizes} and at={at}")
+            if isinstance(stages, bool) or not isinstance(stages, int) or stages < 2:
+                raise ValueError(f"stages={stages}: must be a whole number of grids, 2 or more, as stages=5")
+            return
+        if sizes is None or not (_increasing(sizes, int) and sizes and sizes[0] >= 1):
             raise ValueError(f"sizes={sizes}: must be whole numbers, each larger than the last, as [5, 10, 20]")
-        if not (_increasing(at, (int, float)) and all(0 <= fraction < 1 for fraction in at)):
+        if at is None or not (_increasing(at, (int, float)) and all(0 <= fraction < 1 for fraction in at)):
             raise ValueError(
                 f"at={at}: must be fractions of the budget from 0 to less than 1, each larger than the last, as "
                 "[0.2, 0.4, 0.6]"
             )
         if len(at) != len(sizes):
             raise ValueError(f"at={at}: must have one fraction for each of sizes={sizes}")
-        self.sizes, self.at, self.done = list(sizes), list(at), 0
+        self.sizes, self.at = list(sizes), list(at)
+
+    def prepare(self, config: TrainConfig, match: Match | None) -> Mapping[str, Any]:
+        """With `stages`, plans the grids from the configured size to the one that the budget chose.
+
+        Raises:
+            ConfigError: If the contestant has grids, and the budget did not choose their size.
+        """
+        name = config.layer["name"]
+        if self.stages is None or not hasattr(get_layer(name).cls, "refine"):
+            return {}
+        if match is None or match.option != "grid_size" or match.value is None:
+            raise ConfigError(
+                f"callbacks.grid_refine.stages={self.stages}: nothing says how fine the grids of layer {name} shall "
+                f"become; have the budget choose, by +budget.vary.{name}=grid_size, or give sizes=[5,10,20] and "
+                "at=[0.25,0.5,0.75] instead of stages"
+            )
+        first, last = config.layer.get("grid_size", layer_options(name)["grid_size"]), match.value
+        if first >= last:
+            return {}
+        ratio = (last / first) ** (1 / (self.stages - 1))
+        self.sizes = sorted({round(first * ratio**i) for i in range(1, self.stages)} - {first})
+        self.at = [i / (len(self.sizes) + 1) for i in range(1, len(self.sizes) + 1)]
+        return {"grid_size": first}
 
     def on_start(self, trainer: "Trainer") -> None:
         """Refuses what would fail later.

@@ -316,8 +316,9 @@ def check(plan: Plan) -> None:
         try:
             data_dir(config)
             task = build_task(config)
-            choose_widths(config, task)
-            make_callbacks(config)
+            match = choose_widths(config, task)
+            for callback in make_callbacks(config):
+                callback.prepare(config, match)
             resolve_device(config.trainer.device)
             total_steps(config, task, 1.0)
             _check_optimizer(config)

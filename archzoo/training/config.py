@@ -76,6 +76,8 @@ class BudgetConfig:
     to: Any = "linear"
     tolerance: float = 0.01
     unreachable: str = "error"
+    vary: dict[str, Any] = field(default_factory=dict)
+    """Layer -> its whole-number option that is searched, with the widths as they are, in the place of the widths."""
 
 
 @dataclass
@@ -136,7 +138,10 @@ NOT_IDENTITY = {
 
 def asdict_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as plain dictionaries, as it is recorded."""
-    return asdict(config)
+    plain = asdict(config)
+    if not config.budget.vary:  # younger than its neighbours: without it, a run keeps the id that it has always had
+        del plain["budget"]["vary"]
+    return plain
 
 
 def from_plain(plain: dict[str, Any]) -> TrainConfig:
@@ -226,6 +231,9 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     yield from choice("budget.match", b.match, ("params", "flops", "none"))
     yield from choice("budget.unreachable", b.unreachable, ("error", "nearest"))
     yield from number("budget.tolerance", b.tolerance, 0, "a fraction, as budget.tolerance=0.01")
+    for layer, option in b.vary.items():
+        if not isinstance(option, str):
+            yield f"budget.vary.{layer}={option}: must be the name of an option, as +budget.vary.kan=grid_size"
     if isinstance(b.to, bool) or not isinstance(b.to, str | int | float):
         yield f"budget.to={b.to}: must be a layer's name or a count, as budget.to=linear or budget.to=100000"
     elif not isinstance(b.to, str):

@@ -32,7 +32,7 @@ from torch import nn
 
 from archzoo._version import __version__
 from archzoo.budget import Match
-from archzoo.tasks.task import DatasetError, Task
+from archzoo.tasks.task import DatasetError
 from archzoo.training.build import build_model, build_task
 from archzoo.training.callbacks import Callback
 from archzoo.training.callbacks import callbacks as callback_registry
@@ -185,11 +185,12 @@ def _execute(
         folder.write_record(record)
         with _reproducible(config):
             task = build_task(config)
-            model, match = build_model(config, task)
+            made = make_callbacks(config)
+            model, match = build_model(config, task, made)
             if match is not None:
                 record["budget"] = _budget_record(config, match)
             record |= cost_record(config, task, model)
-            trainer = _make_trainer(config, folder, task, model, progress, should_stop)
+            trainer = Trainer(config, task, model, made, should_stop=should_stop, progress=progress.update_run)
             _resume(trainer, folder)
             record["device"] = str(trainer.device)
             folder.write_record(record)
@@ -242,10 +243,11 @@ def load_model(folder: str | Path) -> nn.Module:
         status = "no run.json" if record is None else f"status {record['status']}"
         raise CheckpointError(f"{folder}: {status}; only a run that is done has a model")
     config = from_plain(record["config"])
-    model, _ = build_model(config, build_task(config))
+    made = make_callbacks(config)
+    model, _ = build_model(config, build_task(config), made)
     model = model.to(torch.float64 if config.trainer.precision == "float64" else torch.float32)
     states = (record.get("structure") or {}).get("callbacks", {})
-    for (name, _), callback in zip(config.callbacks.items(), make_callbacks(config), strict=True):
+    for name, callback in zip(config.callbacks, made, strict=True):
         if name in states:
             callback.restore(model, states[name])
     try:
@@ -253,18 +255,6 @@ def load_model(folder: str | Path) -> nn.Module:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / 'model.safetensors'}: cannot be loaded ({error})") from error
     return model.eval()
-
-
-def _make_trainer(
-    config: TrainConfig,
-    folder: RunFolder,
-    task: Task,
-    model: nn.Module,
-    progress: Progress,
-    should_stop: Callable[[], bool],
-) -> Trainer:
-    made = make_callbacks(config)
-    return Trainer(config, task, model, made, should_stop=should_stop, progress=progress.update_run)
 
 
 def make_callbacks(config: TrainConfig) -> list[Callback]:
@@ -336,8 +326,10 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
         "best": best,
         "last": trainer.last or {},
         "test": {key.removeprefix("test/"): value for key, value in test.items()},
-        "task": task.summarize(trainer.evaluations, trainer.eval_model),
+        "task": dict(task.summarize(trainer.evaluations, trainer.eval_model)),
     }
+    for callback in trainer.callbacks:
+        record["summary"]["task"] |= callback.summarize(trainer, final)
     record["score"] = {
         "metric": task.score,
         "mode": task.mode,
@@ -415,6 +407,8 @@ def _budget_record(config: TrainConfig, match: Match) -> dict[str, Any]:
         "tolerance": b.tolerance,
         "within_tolerance": abs(match.deviation) <= b.tolerance,
         "widths": list(match.widths),
+        "option": match.option,
+        "value": match.value,
     }
 
 

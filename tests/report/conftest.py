@@ -23,6 +23,9 @@ def write_run(
     mode: str = "max",
     task: str = "digits",
     options: dict[str, Any] | None = None,
+    task_options: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    budget: dict[str, Any] | None = None,
     error: str | None = None,
     diverged: dict[str, Any] | None = None,
     task_summary: dict[str, Any] | None = None,
@@ -35,7 +38,7 @@ def write_run(
     metrics: bool = True,
     change: dict[str, Any] | None = None,
 ) -> Path:
-    """One run folder; `change` replaces keys of run.json, and drops those that are `...`."""
+    """One run folder; `budget` is of the config; `change` replaces keys of run.json, and drops those that are `...`."""
     folder.mkdir(parents=True)
     ended = status in ("done", "failed", "diverged")
     record: dict[str, Any] = {
@@ -47,12 +50,12 @@ def write_run(
         "error": error,
         "diverged": diverged,
         "config": {
-            "task": {"name": task},
-            "model": {"name": "mlp", "width": 64, "depth": 2},
+            "task": {"name": task, **(task_options or {})},
+            "model": {"name": "mlp", "width": 64, "depth": 2, **(model or {})},
             "layer": {"name": layer, "bias": True, **(options or {})},
             "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0},
             "trainer": {"steps": steps, "epochs": None, "batch_size": 64},
-            "budget": {"match": "params", "to": "linear", "tolerance": 0.01},
+            "budget": {"match": "params", "to": "linear", "tolerance": 0.01} | (budget or {}),
             "seed": seed,
         },
         "layer": layer,
@@ -134,6 +137,38 @@ def build(tmp_path: Path) -> Build:
 def write() -> Build:
     """`write(folder, **what)` makes one run's folder."""
     return write_run
+
+
+@pytest.fixture
+def build_sizes(tmp_path: Path) -> Build:
+    """`build_sizes({"kan": law, …}, …)` makes a comparison whose contestants compete at several parameter counts."""
+    return lambda *args, **kwargs: build_sized(tmp_path, *args, **kwargs)
+
+
+def build_sized(
+    root: Path,
+    laws: dict[str, Callable[[int, int], float | None]],
+    *,
+    sizes: Sequence[int] = (100, 200, 400),
+    functions: Sequence[str] = ("exp_sin",),
+    seeds: int = 2,
+    name: str = "functions",
+    **common: Any,
+) -> Path:
+    """`laws`: layer -> score at a parameter count, and by how many seeds and functions it comes later; None: failed."""
+    folder = root / name
+    for place, function in enumerate(functions):
+        for layer, law in laws.items():
+            for size in sizes:
+                for seed in range(seeds):
+                    score = law(size, seed + place)
+                    what: dict[str, Any] = {"metric": "rmse", "mode": "min", "task": "functions", "score": score}
+                    what |= {"status": "failed", "error": "ValueError: no"} if score is None else {}
+                    what |= {"task_options": {"function": function}, "budget": {"to": size}, "parameters": size}
+                    write_run(
+                        folder / f"{function}-{layer}-{size}-{seed}", layer=layer, seed=seed, **{**what, **common}
+                    )
+    return folder
 
 
 def build_comparison(

@@ -81,3 +81,15 @@ def test_settings_that_differ_are_listed(build):
 def test_a_folder_without_runs_is_refused(build, tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         compare_reports(build({"linear": [0.9]}), tmp_path / "nowhere")
+
+
+def test_two_functions_of_one_task_are_not_compared(build):
+    one, two, three = (
+        build({"linear": [score]}, name=name, task="functions", task_options={"function": function})
+        for name, function, score in (("a", "xy", 0.9), ("b", "j0", 0.8), ("c", "xy", 0.7))
+    )
+    changes = compare(load_comparison(one), load_comparison(two))
+    assert [(change.task, change.difference) for change in changes] == [("j0", None), ("xy", None)]
+    (change,) = compare(load_comparison(one), load_comparison(three))
+    assert change.difference is not None
+    assert "no contestant has a score in both" in compare_reports(one, two).read_text().lower()

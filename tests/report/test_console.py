@@ -71,3 +71,43 @@ def test_it_is_plain_where_there_is_no_terminal(build):
 
 def test_nobody_has_a_score(build):
     assert "No winner" in printed(build({"linear": [None]}))
+
+
+def test_sizes_are_ranked_one_by_one(build_sizes):
+    text = printed(build_sizes({"kan": lambda n, s: 1e5 / n**3, "linear": lambda n, s: 10 / n}))
+    rows = [line.split() for line in text.splitlines() if line.split()[1:2] in (["1"], ["2"])]
+    assert [row[:3] for row in rows[:4]] == [
+        ["100", "1", "kan"],
+        ["100", "2", "linear"],
+        ["200", "1", "kan"],
+        ["200", "2", "linear"],
+    ]
+    assert "kan 3.00 ± 0.00 and linear 1.00 ± 0.00" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_of_many_contestants_there_is_a_summary(build_sizes, columns):
+    folder = build_sizes(
+        {"kan": lambda n, s: 3e5 / n**3 + s / 1e9, "linear": lambda n, s: None if n == 400 else 10 / n},
+        functions=[f"function{i}" for i in range(7)],
+        seeds=1,
+    )
+    text = printed(folder, columns, columns=columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words = " ".join(text.split())
+    assert "at 100 at 200 at 400" in words
+    assert "function6 linear 0.1000 kan 0.0375" in words
+    assert "Mean rank over tasks and sizes: kan 1.33, first in 14 of 21" in words
+    assert "function0: kan 3.00 ± 0.00 and linear 1.00." in words
+    assert "function3: linear (to=400): failed: ValueError: no." in words
+    assert "42 contestants: every ranking is in report.html and report.md." in words
+
+
+def test_a_summary_without_sizes_has_every_score(build, write):
+    folder = build({})
+    for task in ("digits", "wine", "iris"):
+        for i in range(14):
+            write(folder / f"{task}{i}", layer=f"layer{i:02}", task=task, score=0.5 + 0.01 * i)
+    text = printed(folder)
+    assert "63.00" in text
+    assert "1.00 3 of 3" in " ".join(text.split())

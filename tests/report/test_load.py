@@ -153,3 +153,55 @@ def test_a_folder_without_runs_is_refused_with_words(tmp_path, make, words):
 def test_a_missing_folder_is_refused_with_words(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_comparison(tmp_path / "nowhere")
+
+
+def functions_of(folder, write, *options, **what):
+    for i, task_options in enumerate(options):
+        write(folder / f"r{i}", layer="kan", task="functions", task_options=task_options, **what)
+    return load_comparison(folder)
+
+
+def test_another_option_of_a_task_is_another_task(tmp_path, write):
+    comparison = functions_of(tmp_path, write, {"function": "xy", "noise": 0.0}, {"function": "exp_sin", "noise": 0.0})
+    assert comparison.tasks == ("exp_sin", "xy")
+    assert [(group.task, group.label) for group in comparison.groups] == [("exp_sin", "kan"), ("xy", "kan")]
+
+
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ([{"noise": 0.0}, {"noise": 0.1}], ("functions (noise=0)", "functions (noise=0.1)")),
+        ([{"exact": True}, {"exact": False}], ("functions (exact=false)", "functions (exact=true)")),
+        ([{"f": "xy", "n": 1}, {"f": "j0", "n": 2}], ("functions (f=j0, n=2)", "functions (f=xy, n=1)")),
+        ([{"function": "xy"}, {"function": "xy", "younger": 3}], ("functions",)),
+        ([{"function": "xy", "seed": 0}, {"function": "xy"}], ("functions",)),
+    ],
+    ids=str,
+)
+def test_a_task_is_called_by_what_differs(tmp_path, write, options, tasks):
+    assert functions_of(tmp_path, write, *options).tasks == tasks
+
+
+def test_beside_other_tasks_the_name_is_told_too(tmp_path, write):
+    write(tmp_path / "d", task="digits")
+    comparison = functions_of(tmp_path, write, {"function": "xy"}, {"function": "j0"})
+    assert comparison.tasks == ("digits", "functions (function=j0)", "functions (function=xy)")
+
+
+def test_a_contestant_has_one_label_on_all_tasks(tmp_path, write):
+    write(tmp_path / "more", layer="kan", task="functions", task_options={"function": "xy"}, options={"grid_size": 9})
+    comparison = functions_of(tmp_path, write, {"function": "xy"}, {"function": "j0"}, options={"grid_size": 3})
+    assert [(group.task, group.label) for group in comparison.groups] == [
+        ("j0", "kan (grid_size=3)"),
+        ("xy", "kan (grid_size=3)"),
+        ("xy", "kan (grid_size=9)"),
+    ]
+
+
+def test_a_width_that_the_budget_replaces_tells_no_contestants_apart(tmp_path, write):
+    for layer, vary in (("linear", {}), ("kan", {"kan": "grid_size"})):
+        for width in (3, 5):
+            config = {"model": {"width": width}, "budget": {"to": 1000, "vary": vary}}
+            write(tmp_path / f"{layer}{width}", layer=layer, seed=width, **config)
+    labels = [group.label for group in load_comparison(tmp_path).groups]
+    assert labels == ["kan (width=3)", "kan (width=5)", "linear"]

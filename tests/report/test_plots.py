@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archzoo.report import load_comparison, write_report
-from archzoo.report.plots import PALETTE, _short_labels, _unit, pareto, place_labels, spread, styles
+from archzoo.report.canvas import PALETTE
+from archzoo.report.placing import place_labels, spread
+from archzoo.report.plots import _short_labels, _unit, pareto, styles
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -93,17 +95,21 @@ def test_every_contestant_is_named_in_every_picture(build):
             assert label in texts(root), (name, label)
 
 
+def inside(root, name):
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    for element in root.iter(f"{SVG}text"):
+        place = element.attrib.get("transform", "")
+        x, y = (element.attrib.get("x"), element.attrib.get("y"))
+        if x is None and place.startswith("translate("):
+            x, y = place.removeprefix("translate(").split(")")[0].replace(",", " ").split()[:2]
+        if x is not None and y is not None:
+            assert -1 <= float(x) <= width, (name, "".join(element.itertext()))
+            assert -1 <= float(y) <= height, (name, "".join(element.itertext()))
+
+
 def test_text_is_inside_the_picture(build):
     for name, root in draw(build({"linear": [0.9, 0.8], "a_layer_with_a_rather_long_name": [0.95, 0.9]})).items():
-        _, _, width, height = map(float, root.attrib["viewBox"].split())
-        for element in root.iter(f"{SVG}text"):
-            place = element.attrib.get("transform", "")
-            x, y = (element.attrib.get("x"), element.attrib.get("y"))
-            if x is None and place.startswith("translate("):
-                x, y = place.removeprefix("translate(").split(")")[0].replace(",", " ").split()[:2]
-            if x is not None and y is not None:
-                assert -1 <= float(x) <= width, (name, "".join(element.itertext()))
-                assert -1 <= float(y) <= height, (name, "".join(element.itertext()))
+        inside(root, name)
 
 
 def test_costs_that_no_run_tells_have_no_picture(build):
@@ -144,3 +150,53 @@ def test_nan_in_the_metrics_is_left_out(build):
 )
 def test_axes_have_units_that_suit(value, unit, expected):
     assert _unit(value, unit)[1] == expected
+
+
+def sized(build_sizes, functions=("xy",), **common):
+    laws = {"kan": lambda n, s: 3e5 / n**3 * (1 + s), "linear": lambda n, s: 10 / n * (1 + s)}
+    return build_sizes(laws, functions=functions, **common)
+
+
+def test_a_series_is_a_line_with_its_exponent(build_sizes):
+    pictures = draw(sized(build_sizes))
+    assert {"kan", "linear", "α = 3.00 ± 0.00", "α = 1.00 ± 0.00"} <= set(texts(pictures["score-parameters"]))
+    assert {"kan", "linear"} <= set(texts(pictures["score-flops"]))
+    assert not any("α" in text for text in texts(pictures["score-flops"]))
+    assert "scaling" not in pictures
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_small_multiples_have_a_panel_for_each_task(build_sizes, count):
+    names = [f"function_{i}" for i in range(count)]
+    root = draw(sized(build_sizes, names))["scaling"]
+    told = texts(root)
+    assert [text for text in told if text.startswith("function_")] == names
+    assert (told.count("3.0"), told.count("1.0")) == (count, count)
+    assert (told.count("kan"), told.count("linear")) == (1, 1)
+    assert told.count("Parameters") == min(count, 4 if count not in (5, 6, 9) else 3)
+    inside(root, "scaling")
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("scores", [(0.0, 0.0), (-1.0, 1.0), (1e-30, 1e30), (0.5, 0.5)], ids=str)
+def test_any_scores_of_any_sizes_can_be_drawn(build_sizes, mode, scores):
+    law = {"kan": lambda n, s: scores[0], "linear": lambda n, s: scores[1]}
+    assert "scaling" in draw(build_sizes(law, functions=("xy", "j0"), sizes=(100, 101), mode=mode))
+
+
+def test_a_series_keeps_its_look_at_all_sizes_and_a_layer_its_colour(build_sizes, write):
+    folder = sized(build_sizes, model={"depth": 1})
+    for size in (100, 200):
+        options = {"metric": "rmse", "mode": "min", "task": "functions", "task_options": {"function": "xy"}}
+        options |= {"budget": {"to": size}, "parameters": size, "model": {"depth": 2}, "score": 1 / size}
+        write(folder / f"deep{size}", layer="linear", **options)
+    comparison = load_comparison(folder)
+    looks = styles(comparison, ["linear (depth=2, to=100)"])
+    by_series = {}
+    for group in comparison.groups:
+        by_series.setdefault(group.series, set()).add(looks[group.label])
+    assert {len(same) for same in by_series.values()} == {1}
+    shallow, deep = (next(iter(by_series[f"linear (depth={d})"])) for d in (1, 2))
+    assert shallow.colour == deep.colour == PALETTE[0][0]
+    assert (shallow.marker, shallow.dash) != (deep.marker, deep.dash)
+    assert next(iter(by_series["kan"])).colour == PALETTE[1][0]

@@ -200,6 +200,24 @@ def test_several_tasks_have_a_matrix_and_a_section_each(build, write):
     assert len(page.ids) == len(set(page.ids))
 
 
+def test_tasks_of_one_metric_are_columns_with_mean_rank_and_firsts(build, write):
+    """The models x datasets table that users ask for: wandb#1657."""
+    folder = build({"linear": [0.9, 0.8], "kan": [0.95, 0.7], "phm": [0.5, 0.6]}, name="both")
+    for seed in (0, 1):
+        write(folder / f"w{seed}", layer="kan", task="wine", seed=seed, score=0.7 + 0.1 * seed)
+        write(folder / f"v{seed}", layer="linear", task="wine", seed=seed, score=0.6 + 0.1 * seed)
+    page = Page(write_report(folder))
+    assert "All tasks: test accuracy %" in page.text
+    markdown = (folder / "report.md").read_text()
+    assert "| Contestant | digits | wine | Mean rank | First in |" in markdown
+    lines = [line.split(" | ") for line in markdown.splitlines() if re.match(r"\| (kan|linear|phm) \| \d", line)][:3]
+    assert [(line[0], line[3], line[4][:6]) for line in lines] == [
+        ("| kan", "1.50", "1 of 2"),
+        ("| linear", "1.50", "1 of 2"),
+        ("| phm", "3.00", "0 of 1"),
+    ]
+
+
 def test_a_baseline_can_be_named(build):
     folder = build({"linear": [0.9, 0.8], "kan": [0.95, 0.7]})
     assert "Difference to kan" in Page(write_report(folder, baseline="kan")).text

@@ -1,0 +1,99 @@
+"""Which contestants compete at one size, and which are one layer at several sizes."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from archzoo.report.load import Contestant
+
+Told: TypeAlias = "tuple[Contestant, Mapping[str, str], Mapping[str, str]]"
+"""A contestant, its settings, and the short names of the keys in which contestants with its layer differ."""
+
+_BUDGET, _WIDTH = "budget.to", "model.width"
+
+
+def with_sizes(contestants: Sequence[Told]) -> "tuple[Contestant, ...]":
+    """Fills in `size` and `series`, and orders the contestants by task, size and label.
+
+    The size is the count that the budget asks for, or the width where `model.width` differs. Contestants compete at
+    equal size only, if several layers do so at several sizes. Where nothing is matched, a layer's own whole-number
+    option (`grid_size`) makes a series too, if more of it means more parameters.
+    """
+    key = _size_key(contestants)
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for group, settings, _ in contestants:
+        layers[group.task, settings.get(key, "")].add(group.layer)
+    compete = len({size for _, size in layers}) > 1 and any(len(names) > 1 for names in layers.values())
+
+    sized = []
+    keys = _series_keys(contestants, key)
+    for group, settings, short in contestants:
+        size = settings.get(key, "") if compete else ""
+        options = {name: settings.get(full, "unset") for full, name in short.items() if full != keys[group.layer]}
+        told = _words(key, size, settings) if size else ""
+        sized.append((replace(group, size=told, series=labelled(group.layer, options)), _number(size) or 0.0))
+    several: dict[str, set[int]] = defaultdict(set)
+    for group, _ in sized:
+        several[group.series].update(filter(None, [group.parameters]))
+    ordered = sorted(sized, key=lambda pair: (pair[0].task, pair[1], pair[0].size, pair[0].label))
+    return tuple(group if len(several[group.series]) > 1 else replace(group, series="") for group, _ in ordered)
+
+
+def labelled(name: str, options: Mapping[str, str]) -> str:
+    """`name (key=value, …)`; the name alone if there are no options."""
+    told = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name} ({told})" if options else name
+
+
+def _size_key(contestants: Sequence[Told]) -> str:
+    """The key whose values are sizes; empty if there is none."""
+    for key in (_BUDGET, _WIDTH):
+        values = {settings.get(key, "") for _, settings, _ in contestants}
+        differs = any(key in short for _, _, short in contestants)
+        matched = all(settings.get("budget.match") != "none" for _, settings, _ in contestants)
+        if differs and all(_number(value) is not None for value in values) and (matched or key == _WIDTH):
+            return key
+    return ""
+
+
+def _series_keys(contestants: Sequence[Told], size_key: str) -> dict[str, str]:
+    """For each layer, the key in which the contestants of a series differ."""
+    by_layer: dict[str, list[Told]] = defaultdict(list)
+    for told in contestants:
+        by_layer[told[0].layer].append(told)
+    return {layer: size_key or _growing_option(group) for layer, group in by_layer.items()}
+
+
+def _growing_option(contestants: Sequence[Told]) -> str:
+    """The whole-number option of a layer, of those that differ, with which parameters grow; empty if there is none."""
+    found = []
+    for key in (key for key in contestants[0][2] if key.startswith("layer.")):
+        lines: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
+        for group, settings, short in contestants:
+            value = _number(settings.get(key, ""))
+            if value is None or value != int(value) or settings.get("budget.match") != "none":
+                break
+            others = (group.task, *(settings.get(other, "unset") for other in short if other != key))
+            if group.parameters is not None:
+                lines[others].append((value, group.parameters))
+        else:
+            counts = [[count for _, count in sorted(line)] for line in lines.values()]
+            if counts and all(a < b for line in counts for a, b in zip(line, line[1:], strict=False)):
+                found.append((-max(map(len, counts)), key))
+    return min(found)[1] if found else ""
+
+
+def _words(key: str, size: str, settings: Mapping[str, str]) -> str:
+    if key == _WIDTH:
+        return f"width {size}"
+    return f"{float(size):,.0f} {'FLOPs' if settings.get('budget.match') == 'flops' else 'parameters'}"
+
+
+def _number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if abs(number) < 1e15 else None
