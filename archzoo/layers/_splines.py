@@ -265,8 +265,9 @@ class _Splines(_KANLinear):
             self.spline = self._basis_of(grid)
 
     def _options(self) -> str:
-        known = self.mask is not None and not self.mask.is_meta
-        pruned = f", pruned={int((self.mask == 0).sum())}" if known else ""
+        pruned = ""
+        if self.mask is not None and not self.mask.is_meta:
+            pruned = f", pruned={int((self.mask == 0).sum())}"
         return (
             f", grid_size={self.grid_size}, spline_order={self.spline_order}, grid_range={self.grid_range}, "
             f"base_activation={self.base_activation!r}, standalone_scale={self.standalone_scale}, "
