@@ -111,9 +111,12 @@ def _exponent(line: dict[str, Any] | None) -> str:
 def provenance(record: dict[str, Any]) -> str:
     """The command, and where and how it was run."""
     commit = record["commit"] or {}
-    seeds = max(len(row["seeds"]) for row in record["rows"])
+    rows = record["rows"] if "rows" in record else record["formulas"].values()
+    seeds = max(len(row["seeds"]) if "rows" in record else len(row) for row in rows)
+    changed = " with uncommitted changes" if commit.get("dirty") else ""
     return (
-        f"`{record['command']}`, seeds 0 to {seeds - 1}, commit {str(commit.get('commit'))[:10]}, "
+        f"`{record['command']}`, {f'seeds 0 to {seeds - 1}' if seeds > 1 else 'seed 0'}, commit "
+        f"{str(commit.get('commit'))[:10]}{changed}, "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']}, torch {record['versions']['torch']}, "
         f"{record['threads']} thread; {record['wall_s']:.0f} s in all."
     )
@@ -121,6 +124,11 @@ def provenance(record: dict[str, Any]) -> str:
 
 def comparison_table(record: dict[str, Any]) -> str:
     """The table that suits a recorded comparison."""
+    if "formulas" in record:
+        from benchmarks.kan_symbolic import table
+
+        notes = "Exact: the formula, its numbers rounded, is the true function to 1e-6 of its deviation on test points."
+        return f"{table(record)}\n\n{provenance(record)} {notes}"
     several = len({row.get("task") for row in record["rows"]}) > 1
     return task_table(record) if several else result_table(record)
 

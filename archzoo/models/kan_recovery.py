@@ -35,15 +35,17 @@ NAMES = (
 )
 """Functions that `recover_formula` tries. A cosine is a shifted sine, and rounding shows it as a cosine."""
 
+_LEAST_SAMPLES = 5
 _SAMPLES = 250  # of an edge's function, that functions are fitted to
 _GOOD = 1e-2  # error of splines, in standard deviations, at which a structure may be the right one
 _STRUCTURES = 2**17  # sets of edges that are looked through
 _LEAST_R2 = 0.8  # of a function that is tried
 _PRICE = 0.1  # what a unit of complexity, a free number or a spline costs: decades of the error
-_TRIED = 2  # structures in which functions are searched
+_TRIED = 3  # models of splines in which functions are searched
 
 Masks = tuple[tuple[tuple[int, ...], ...], ...]
-"""Which edges there are: of each block, of each subnode, of each input 0 or 1."""
+"""What the edges are: of each block, of each subnode, of each input, 0 for none, or one of the following."""
+_SPLINE, _LINE = 1, 2
 
 
 class Recovery(NamedTuple):
@@ -62,10 +64,14 @@ class Recovery(NamedTuple):
     """How many functions were tried on an edge, each with all else trained anew."""
 
 
+Edge = tuple[int, int, int]
+
+
 class _State(NamedTuple):
     model: KAN
-    error: float
+    error: float  # in standard deviations of the targets
     fixed: tuple[FixedEdge, ...]
+    clear: dict[Edge, float]  # score of the best function on each spline, as it was when it was last looked at
 
     def score(self) -> float:
         """Decades of the error, and the price of the formula: the lower the better."""
@@ -145,6 +151,8 @@ def recover_formula(
     """
     check_options(names, structures, starts, candidates, beams, trials, tolerance)
     checked_samples(x, y)
+    if len(x) < _LEAST_SAMPLES:
+        raise ValueError(f"x: {len(x)} samples; at least {_LEAST_SAMPLES} are needed")
     x, y = x.double(), y.double()
     unit = float(y.var(0).mean().sqrt())
     if not 0 < unit < math.inf:
@@ -153,53 +161,100 @@ def recover_formula(
     for l, block in enumerate(plain.blocks):  # noqa: E741
         for o, i in block.symbolic_mask().nonzero().tolist():
             plain.unfix_symbolic(l, o, i)
-    found, trained = _best_structures(plain, x, y, unit, structures, starts)
-    if not found:
-        raise ValueError("x, y: no structure could be trained on these samples; are they finite?")
     search = _Search(x, y, unit, list(names), candidates, trials, tolerance)
+    splines = _Splines(plain, x, y, unit, starts, _structures(plain, structures))
     ends: list[tuple[_State, float]] = []
-    for beam, start in itertools.product(beams, found[:_TRIED]):
-        ends.append((search.run(start, beam), start.error))
-        if search.is_solved(ends[-1][0]) or search.is_over():
+    for beam in beams:
+        for start in splines:
+            ends.append((search.run(start, beam), start.error))
+            if search.is_over():
+                break
+        if search.is_over():
             break
-    best, splines = min(ends, key=lambda end: (len(end[0].model.numeric_edges()), end[0].score()))
+    if not ends:
+        raise ValueError("x, y: no structure could be trained on these samples; are they finite?")
+    best, spline_error = min(ends, key=lambda end: (len(end[0].model.numeric_edges()), end[0].score()))
     model.load_state_dict(best.model.state_dict())
-    return Recovery(list(best.fixed), best.error * unit, splines * unit, trained, search.trials)
+    return Recovery(list(best.fixed), best.error * unit, spline_error * unit, splines.trained, search.trials)
 
 
 # --- Structures -------------------------------------------------------------------------------------------------------
 
 
-def _best_structures(model: KAN, x: Tensor, y: Tensor, unit: float, most: int, starts: int) -> tuple[list[_State], int]:
-    """Models of splines, best first: of the fewest edges that fit well, else of all that were tried."""
-    found: list[_State] = []
-    tried, edges = 0, 0
-    for masks in _structures(model, most):
-        count = _edges(masks)
-        if count > edges and any(state.error < _GOOD for state in found):
-            break
-        edges, tried = count, tried + 1
-        trained = list(_trained(model, masks, x, y, unit, starts))
-        if trained:
-            found.append(min(trained, key=_State.score))
-    return sorted(found, key=_State.score), tried
+class _Splines:
+    """Models of splines that may be made formulas: iterates over the best, of the fewest splines first; trains lazily.
 
+    In each group of structures that have equally many splines: of the best structure the model with the straightest
+    splines and the one with the least error, for the same function can be spread over its edges in several ways; and
+    one of another structure. Models that are not good are left out; if all are, the best come at the end.
+    """
 
-def _trained(model: KAN, masks: Masks, x: Tensor, y: Tensor, unit: float, starts: int) -> Iterator[_State]:
-    for _ in range(starts):
-        trial = copy.deepcopy(model)
+    def __init__(self, model: KAN, x: Tensor, y: Tensor, unit: float, starts: int, structures: list[Masks]):
+        self.model, self.x, self.y, self.unit, self.starts = model, x, y, unit, starts
+        self.trained = 0
+        self._left = [list(group) for _, group in itertools.groupby(structures, key=_splines)]
+        self._done: list[_State] = []
+
+    def __iter__(self) -> Iterator[_State]:
+        yield from self._done
+        bad: list[_State] = []
+        while self._left:
+            best = self._best(self._left.pop(0))
+            good = [state for state in best if state.error < _GOOD]
+            bad += best
+            self._done += good
+            yield from good
+        if not self._done:
+            self._done = sorted(bad, key=_State.score)[:_TRIED]
+            yield from self._done
+
+    def _best(self, group: list[Masks]) -> list[_State]:
+        self.trained += len(group)
+        found: dict[Masks, list[_State]] = {masks: [] for masks in group}
+        for _ in range(self.starts):  # each once, then each again: mostly there is one that fits, and some start does
+            for masks in group:
+                found[masks] += self._start(masks)
+            if any(state.error < _GOOD for states in found.values() for state in states):
+                break
+        ranked = sorted(
+            ((min(s, key=_State.score), masks) for masks, s in found.items() if s), key=lambda r: r[0].score()
+        )
+        if not ranked:
+            return []
+        masks = ranked[0][1]
+        for _ in range(self.starts):
+            found[masks] += self._start(masks)
+        closest = min(found[masks], key=_State.score)
+        near = [state for state in found[masks] if state.error < max(_GOOD, closest.error)]
+        plainest = min(near or [closest], key=self._bend)
+        chosen = [plainest] if plainest is closest else [plainest, closest]
+        return [*chosen, *(state for state, _ in ranked[1:2])]
+
+    def _bend(self, state: _State) -> float:
+        """How much of the splines' variance is no straight line, summed over them."""
+        levels, total = state.model.activations(self.x), 0.0
+        for l, o, i in state.model.numeric_edges():  # noqa: E741
+            z = levels[l][:, i]
+            both = torch.stack([z, state.model.blocks[l].edge_function(o, i, z)])
+            total += 1 - float(both.corrcoef()[0, 1].square().nan_to_num(1.0))  # a constant is a line
+        return total
+
+    def _start(self, masks: Masks) -> list[_State]:
+        """Splines on some of the edges, trained from a random start; empty if they are not finite."""
+        trial = copy.deepcopy(self.model)
         trial.reset_parameters()
-        _start_straight(trial, x)
-        for block, mask in zip(trial.blocks, masks, strict=True):
-            block.edges.prune_edges_(0.5, torch.tensor(mask).to(block.edges.spline_weight))
+        _start_straight(trial, self.x)
+        fixed = []
+        for l, (block, mask) in enumerate(zip(trial.blocks, masks, strict=True)):  # noqa: E741
+            for o, i in (torch.tensor(mask) == _LINE).nonzero().tolist():
+                fixed.append(FixedEdge(l, o, i, trial.fix_symbolic(l, o, i, "x")))
+            block.edges.prune_edges_(0.5, (torch.tensor(mask) == _SPLINE).to(block.edges.spline_weight))
         try:
-            fit_least_squares(trial, x, y, 20, grid_every=4)
-            error = fit_least_squares(trial, x, y, 20, tolerance=1e-3) / unit
-        except ValueError:  # not finite
-            continue
-        yield _State(trial, error, ())
-        if error < _GOOD:
-            break
+            fit_least_squares(trial, self.x, self.y, 20, grid_every=4)
+            error = fit_least_squares(trial, self.x, self.y, 20, tolerance=1e-3) / self.unit
+        except ValueError:
+            return []
+        return [_State(trial, error, tuple(fixed), {})]
 
 
 def _start_straight(model: KAN, x: Tensor) -> None:
@@ -236,13 +291,37 @@ def _structures(model: KAN, most: int) -> list[Masks]:
             f"model: has {sum(possible)} edges, of which {count:.1g} sets could be chosen, more than {_STRUCTURES}; "
             "take fewer nodes, or prune edges first"
         )
-    every = list(itertools.product(*(_block_structures(block) for block in model.blocks)))
+    every = [
+        lines
+        for masks in itertools.product(*(_block_structures(block) for block in model.blocks))
+        for lines in _with_lines(model, masks)
+    ]
     order = torch.randperm(len(every)).tolist()
-    return sorted((every[at] for at in order), key=_edges)[:most]
+    return sorted((every[at] for at in order), key=_splines)[:most]
 
 
-def _edges(masks: Masks) -> int:
-    return sum(map(sum, itertools.chain(*masks)))
+def _splines(masks: Masks) -> int:
+    """How many edges are splines."""
+    return sum(entry == _SPLINE for block in masks for row in block for entry in row)
+
+
+def _with_lines(model: KAN, masks: Masks) -> Iterator[Masks]:
+    """The same structure, and the same with straight lines in place of splines where they say nothing new.
+
+    That is on an edge that is the only one into a sum with but one edge out of it: two functions, one after the other,
+    are one function, as a rule.
+    """
+    chains = []
+    for l, (block, above) in enumerate(itertools.pairwise(masks)):  # noqa: E741
+        for node in range(model.blocks[l].n_sum):
+            inputs = [i for i, entry in enumerate(block[node]) if entry]
+            if len(inputs) == 1 and sum(row[node] for row in above) == 1:
+                chains.append((l, node, inputs[0]))
+    for kinds in itertools.product((_LINE, _SPLINE), repeat=len(chains)):
+        entries = [[list(row) for row in block] for block in masks]
+        for (l, o, i), kind in zip(chains, kinds, strict=True):  # noqa: E741
+            entries[l][o][i] = kind
+        yield tuple(tuple(map(tuple, block)) for block in entries)
 
 
 def _block_structures(block: KANBlock) -> list[tuple[tuple[int, ...], ...]]:
@@ -272,12 +351,11 @@ class _Search:
     ):
         self.x, self.y, self.unit, self.names = x, y, unit, names
         self.candidates, self.most, self.tolerance, self.trials = candidates, most, tolerance, 0
-
-    def is_solved(self, state: _State) -> bool:
-        return not state.model.numeric_edges() and state.error < self.tolerance
+        self.solved = False
 
     def is_over(self) -> bool:
-        return self.trials >= self.most
+        """Whether the formula is found, or there have been enough trials."""
+        return self.solved or self.trials >= self.most
 
     def run(self, start: _State, beam: int) -> _State:
         """The best model with formulas on all edges, or on as many as could be."""
@@ -293,34 +371,35 @@ class _Search:
                     states.append(state)
         ends = []
         for state in states:
-            ends.append(state._replace(error=fit_least_squares(state.model, self.x, self.y, 100) / self.unit))
-            if self.is_solved(ends[-1]):
+            model = copy.deepcopy(state.model)
+            error = fit_least_squares(model, self.x, self.y, 100) / self.unit
+            ends.append(state._replace(model=model, error=error))
+            if not model.numeric_edges() and error < self.tolerance:
+                self.solved = True
                 break
         return min(ends, key=_State.score)
 
     def _tried(self, state: _State, edges: int) -> Iterator[_State]:
-        """Models with one formula more."""
-        for l, o, i, fit in self._proposals(state.model, edges):  # noqa: E741
-            trial = copy.deepcopy(state.model)
-            trial.blocks[l].fix_edge(o, i, fit)
-            self.trials += 1
-            try:
-                error = fit_least_squares(trial, self.x, self.y, 25, tolerance=1e-2) / self.unit
-            except ValueError:  # not finite
-                continue
-            yield _State(trial, error, (*state.fixed, FixedEdge(l, o, i, fit)))
+        """Models with one formula more, on one of the clearest edges."""
+        numeric, clear = state.model.numeric_edges(), dict(state.clear)
+        fits = {edge: self._fits(state.model, edge) for edge in numeric if edge not in clear}
+        clear |= {edge: ranked[0].score for edge, ranked in fits.items()}
+        for edge in sorted(numeric, key=lambda edge: (clear[edge], edge))[:edges]:
+            l, o, i = edge  # noqa: E741
+            for place, fit in enumerate(fits.get(edge) or self._fits(state.model, edge)):
+                if fit.r2 < _LEAST_R2 or not (place < self.candidates or fit.name == "x"):
+                    continue
+                trial = copy.deepcopy(state.model)
+                trial.blocks[l].fix_edge(o, i, fit)
+                self.trials += 1
+                try:
+                    error = fit_least_squares(trial, self.x, self.y, 25, tolerance=1e-2) / self.unit
+                except ValueError:  # not finite
+                    continue
+                yield _State(trial, error, (*state.fixed, FixedEdge(l, o, i, fit)), clear)
 
-    def _proposals(self, model: KAN, edges: int) -> Iterator[tuple[int, int, int, Fit]]:
-        """Functions for the edges that are clearest."""
-        levels = model.activations(self.x)
-        found: list[tuple[float, tuple[int, int, int], list[Fit]]] = []
-        for l, o, i in model.numeric_edges():  # noqa: E741
-            z = levels[l][:, i].sort().values
-            z = z[:: max(1, len(z) // _SAMPLES)]
-            fits = suggest_functions(z, model.blocks[l].edge_function(o, i, z), names=self.names, grid=41, zooms=1)
-            found.append((fits[0].score, (l, o, i), fits))
-        found.sort(key=lambda entry: entry[:2])
-        for _, edge, fits in found[:edges]:
-            for place, fit in enumerate(fits):
-                if fit.r2 > _LEAST_R2 and (place < self.candidates or fit.name == "x"):
-                    yield (*edge, fit)
+    def _fits(self, model: KAN, edge: Edge) -> list[Fit]:
+        l, o, i = edge  # noqa: E741
+        z = model.activations(self.x)[l][:, i].sort().values
+        z = z[:: max(1, len(z) // _SAMPLES)]
+        return suggest_functions(z, model.blocks[l].edge_function(o, i, z), names=self.names, grid=41, zooms=1)

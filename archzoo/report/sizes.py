@@ -1,5 +1,6 @@
 """Which contestants compete at one size, and which are one layer at several sizes."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +23,18 @@ def with_sizes(contestants: Sequence[Told]) -> "tuple[Contestant, ...]":
     option (`grid_size`) makes a series too, if more of it means more parameters.
     """
     key = _size_key(contestants)
+    values = [settings.get(key, "") if key else "" for _, settings, _ in contestants]
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for group, settings, _ in contestants:
-        layers[group.task, settings.get(key, "")].add(group.layer)
-    compete = len({size for _, size in layers}) > 1 and any(len(names) > 1 for names in layers.values())
+    for (group, _, _), value in zip(contestants, values, strict=True):
+        layers[group.task, value].add(group.layer)
+    compete = len(set(values)) > 1 and any(len(names) > 1 for names in layers.values())
 
-    sized = []
+    sized: list[tuple[Contestant, float]] = []
     keys = _series_keys(contestants, key)
-    for group, settings, short in contestants:
-        size = settings.get(key, "") if compete else ""
+    for (group, settings, short), value in zip(contestants, values, strict=True):
         options = {name: settings.get(full, "unset") for full, name in short.items() if full != keys[group.layer]}
-        told = _words(key, size, settings) if size else ""
-        sized.append((replace(group, size=told, series=labelled(group.layer, options)), _number(size) or 0.0))
+        size = _words(key, value, settings) if key and compete else ""
+        sized.append((replace(group, size=size, series=labelled(group.layer, options)), _number(value) or math.inf))
     several: dict[str, set[int]] = defaultdict(set)
     for group, _ in sized:
         several[group.series].update(filter(None, [group.parameters]))
@@ -47,27 +48,27 @@ def labelled(name: str, options: Mapping[str, str]) -> str:
     return f"{name} ({told})" if options else name
 
 
-def _size_key(contestants: Sequence[Told]) -> str:
-    """The key whose values are sizes; empty if there is none."""
+def _size_key(contestants: Sequence[Told]) -> str | None:
+    """The key whose values are sizes; None if there is none. A run without a config has no say."""
     for key in (_BUDGET, _WIDTH):
-        values = {settings.get(key, "") for _, settings, _ in contestants}
+        values = {settings.get(key, "") for _, settings, _ in contestants if settings}
         differs = any(key in short for _, _, short in contestants)
-        matched = all(settings.get("budget.match") != "none" for _, settings, _ in contestants)
+        matched = not any(settings.get("budget.match") == "none" for _, settings, _ in contestants)
         if differs and all(_number(value) is not None for value in values) and (matched or key == _WIDTH):
             return key
-    return ""
+    return None
 
 
-def _series_keys(contestants: Sequence[Told], size_key: str) -> dict[str, str]:
-    """For each layer, the key in which the contestants of a series differ."""
+def _series_keys(contestants: Sequence[Told], size_key: str | None) -> dict[str, str | None]:
+    """For each layer, the key in which the contestants of a series differ, if any."""
     by_layer: dict[str, list[Told]] = defaultdict(list)
     for told in contestants:
         by_layer[told[0].layer].append(told)
     return {layer: size_key or _growing_option(group) for layer, group in by_layer.items()}
 
 
-def _growing_option(contestants: Sequence[Told]) -> str:
-    """The whole-number option of a layer, of those that differ, with which parameters grow; empty if there is none."""
+def _growing_option(contestants: Sequence[Told]) -> str | None:
+    """The whole-number option of a layer, of those that differ, with which parameters grow; None if there is none."""
     found = []
     for key in (key for key in contestants[0][2] if key.startswith("layer.")):
         lines: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
@@ -82,10 +83,12 @@ def _growing_option(contestants: Sequence[Told]) -> str:
             counts = [[count for _, count in sorted(line)] for line in lines.values()]
             if counts and all(a < b for line in counts for a, b in zip(line, line[1:], strict=False)):
                 found.append((-max(map(len, counts)), key))
-    return min(found)[1] if found else ""
+    return min(found)[1] if found else None
 
 
 def _words(key: str, size: str, settings: Mapping[str, str]) -> str:
+    if not size:
+        return "unknown size"
     if key == _WIDTH:
         return f"width {size}"
     return f"{float(size):,.0f} {'FLOPs' if settings.get('budget.match') == 'flops' else 'parameters'}"

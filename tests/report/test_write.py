@@ -241,9 +241,9 @@ json_values = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """A folder with three runs to spoil, and what their run.json held."""
+@pytest.fixture(scope="module", params=["plain", "sized"])
+def records(request, tmp_path_factory):
+    """A folder with a few runs to spoil, and what their run.json held."""
     from importlib import util
 
     spec = util.spec_from_file_location("report_builder", Path(__file__).parent / "conftest.py")
@@ -251,11 +251,16 @@ def records(tmp_path_factory):
     assert spec.loader is not None
     builder = util.module_from_spec(spec)
     spec.loader.exec_module(builder)
-    folder = builder.build_comparison(tmp_path_factory.mktemp("fuzz"), {"linear": [0.9, 0.8], "kan": [0.95]})
+    root = tmp_path_factory.mktemp("fuzz")
+    if request.param == "plain":
+        folder = builder.build_comparison(root, {"linear": [0.9, 0.8], "kan": [0.95]})
+    else:
+        laws = {"linear": lambda size, seed: 1 / size, "kan": lambda size, seed: 1 / size**2}
+        folder = builder.build_sized(root, laws, sizes=(100, 200), seeds=1)
     return folder, {path: json.loads(path.read_text()) for path in folder.glob("*/run.json")}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_run_json_can_keep_the_report_from_being_written(records, data):
     folder, whole = records

@@ -8,20 +8,73 @@ import pytest
 import scipy.special
 import torch
 
+from archzoo.models.kan import KAN
 from archzoo.tasks.functions import FUNCTIONS, Functions
+
+EARLIER_INPUTS = [[-0.20938603579998016, 0.7189021110534668], [-0.3098287880420685, 0.3604990243911743]]
+EARLIER_TARGETS = [0.9097716808319092, 0.49816766381263733]
 
 
 def columns(split):
     return split.inputs.double().numpy().T
 
 
-def test_the_five_toy_functions_and_the_fifteen_special_ones():
-    assert len(FUNCTIONS) == 20
-    assert {name: f.inputs for name, f in FUNCTIONS.items() if f.inputs != 2} == {
+def box(name):
+    """Low and high ends of a function's inputs, (inputs, 1) each."""
+    ends = np.array(FUNCTIONS[name].ranges or [(-1.0, 1.0)] * FUNCTIONS[name].inputs)
+    return ends[:, :1], ends[:, 1:]
+
+
+def test_the_five_toy_functions_the_fifteen_special_ones_and_the_formulas_of_physics():
+    toy = {name: f for name, f in FUNCTIONS.items() if not name.startswith("feynman_")}
+    assert len(toy) == 20
+    assert len(FUNCTIONS) == 42
+    assert {name: f.inputs for name, f in toy.items() if f.inputs != 2} == {
         "j0": 1,
         "exp_sin_4d": 4,
         "exp_mean_100d": 100,
     }
+    assert all(f.ranges == () for f in toy.values())
+
+
+def test_the_points_and_values_of_the_first_twenty_are_those_of_earlier_versions():
+    split = Functions(function="exp_sin").train
+    assert split.inputs[:2].tolist() == EARLIER_INPUTS
+    assert split.targets[:2, 0].tolist() == EARLIER_TARGETS
+
+
+@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.text])
+def test_what_is_computed_is_what_is_written(name):
+    sympy = pytest.importorskip("sympy")
+    function = FUNCTIONS[name]
+    symbols = sympy.symbols([f"x{i}" for i in range(function.inputs)])
+    written = sympy.sympify(function.text)
+    assert written.free_symbols == set(symbols)
+    low, high = box(name)
+    points = low + (high - low) * np.random.RandomState(1).rand(function.inputs, 50)
+    np.testing.assert_allclose(function.formula(*points), sympy.lambdify(symbols, written)(*points), rtol=1e-12)
+    task = Functions(function=name, train_size=10, test_size=10)
+    assert task.formula == function.text
+
+
+def test_the_truth_is_exact_where_targets_are_rounded_or_noisy():
+    task = Functions(function="feynman_i_27_6", noise=0.1)
+    for split in (task.train, task.test):
+        truth = task.truth(split.inputs)
+        assert (truth.dtype, truth.shape) == (torch.float64, split.targets.shape)
+        x, y = columns(split)
+        assert np.array_equal(truth.numpy()[:, 0], 1 / (1 + x * y))
+    assert torch.equal(task.truth(task.test.inputs).float(), task.test.targets)
+
+
+def test_a_kan_of_the_hidden_levels_has_an_edge_for_every_input():
+    known = [name for name, f in FUNCTIONS.items() if f.hidden]
+    assert set(known) == {name for name, f in FUNCTIONS.items() if f.text}
+    for name in known:
+        task = Functions(function=name, train_size=10, test_size=10)
+        model = KAN([FUNCTIONS[name].inputs, *task.hidden, 1])
+        assert model(task.train.inputs).shape == (10, 1)
+    assert Functions(function="j0", train_size=10, test_size=10).hidden == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -29,7 +82,11 @@ def test_points_fill_the_box_and_values_are_finite_and_exact(name):
     task = Functions(function=name)
     for split in (task.train, task.val, task.test):
         assert split.inputs.shape == (1000, FUNCTIONS[name].inputs)
-        assert -1 <= split.inputs.min() < -0.99 < 0.99 < split.inputs.max() <= 1
+        low, high = box(name)
+        unit = (columns(split) - low) / (high - low)
+        assert (unit.min(1) > -1e-7).all()
+        assert (unit.max(1) < 1 + 1e-7).all()
+        assert (unit.min() < 0.01) & (unit.max() > 0.99)
         assert split.targets.shape == (1000, 1)
         assert torch.isfinite(split.targets).all()
         assert split.targets.std() > 0.01
