@@ -29,8 +29,8 @@ from archzoo.registry import Card, register_layer
         reproduced="exp(sin(pi x) + y^2) by [2, 5, 1], 1000 points, float64, 500 L-BFGS iterations a grid, 3 seeds: "
         "test RMSE 0.9-1.1e-2, 5-9e-4, 2.5-6.2e-4 at G = 3, 10, 20 (pykan 0.2.8: 5.0e-3, 4.2e-4, 1.3e-4). "
         "Digits, [64, 32, LayerNorm, 10], 15 epochs, 3 seeds: 96.2-97.5 %; an equal MLP: 97.2-98.5 %. "
-        "Poisson equation, equal parameters: MSE 1.2e-6 with 281 parameters, 6e-7 with 1,093, against 4.9e-6 and 3.6e-6 "
-        "of an MLP (experiment kan_pde). Error against parameters: experiment kan_functions, exponents of 0.3 to 2",
+        "Poisson equation: MSE 1.2e-6 with 281 parameters, 6e-7 with 1,093, against 4.9e-6 and 3.6e-6 of equal MLPs "
+        "(experiment kan_pde). Error against parameters: experiment kan_functions, exponents of 0.3 to 2",
     ),
 )
 class KANLinear(_Splines):

@@ -152,21 +152,30 @@ def draw_frame(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+# Mantissas of the labels of a logarithmic axis, from few to many.
+_MANTISSAS: tuple[tuple[float, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+
+
 def log_axis(axes: "Axes", which: str) -> None:
     """Makes the x or y axis logarithmic, with as many labels as there is room for."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     limits = axes.get_xlim() if which == "x" else axes.get_ylim()
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     (axes.set_xlim if which == "x" else axes.set_ylim)(limits)
     axis = axes.xaxis if which == "x" else axes.yaxis
-    decades = math.log10(limits[1] / limits[0])
     room = float(axes.bbox.width) / 55 if which == "x" else float(axes.bbox.height) / 25  # for so many labels
-    subs = next((subs for subs in ((1.0, 2.0, 5.0), (1.0, 3.0)) if len(subs) * decades <= room), (1.0,))
-    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    decades = range(math.floor(math.log10(limits[0])), math.ceil(math.log10(limits[1])))
+    choices = [
+        [tick for n in decades for m in mantissas if limits[0] <= (tick := m * 10.0**n) <= limits[1]]
+        for mantissas in _MANTISSAS
+    ]
+    fitting = [ticks for ticks in choices if len(ticks) <= room]
+    whole = not fitting or len(fitting[-1]) < 2  # of so many decades not each can have a label, or it is a tiny range
+    axis.set_major_locator(LogLocator(subs=(1.0,), numticks=9) if whole else FixedLocator(fitting[-1]))
     axis.set_major_formatter(FuncFormatter(thousands_tick))
     axis.set_minor_formatter(NullFormatter())
-    if len(subs) > 1:  # labels enough to see the scale by; ticks take more time to draw than anything else
+    if len(fitting) > 1:  # labels enough to see the scale by; ticks take more time to draw than anything else
         axis.set_minor_locator(NullLocator())
 
 

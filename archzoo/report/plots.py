@@ -161,6 +161,9 @@ def _ranking(
     axes.set_xlim(low, high)
     if log:
         log_axis(axes, "x")
+    else:
+        axes.xaxis.set_major_formatter(plain_tick)
+        axes.xaxis.set_major_locator(few_ticks())
     axes.set_ylim(slots - 0.5, -0.5)
     axes.set_yticks([])
     axes.grid(axis="x", color=GRID, linewidth=0.8)

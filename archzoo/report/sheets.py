@@ -23,7 +23,7 @@ from archzoo.report.wording import (
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell; `detail` is said less loudly, `tone` is `good`, `bad`, `tie` or nothing."""
+    """A cell; `detail` is said less loudly, `tone` is `good`, `bad`, `tie`, `size` or nothing."""
 
     text: str
     detail: str = ""
@@ -235,7 +235,8 @@ def matrix_sheet(sections: Sequence[tuple[Comparison, Sequence[Row], Scale]]) ->
             compared = sum(other.score is not None for other in contest) > 1
             place = against_leader(row, contest) if row.leader and compared else Cell("")
             words = [place.text] if brief else [scale.interval(row.score), place.text]
-            cells.append(Cell(scale.value(row.score.mean), " ".join(filter(None, words)), place.tone))
+            mean = scale.value(row.score.mean) if scale.decimals is not None or not brief else f"{row.score.mean:.3g}"
+            cells.append(Cell(mean, " ".join(filter(None, words)), place.tone))
         cells += _standing(overall[label])
         if several_sizes:
             cells = [Cell("") if sizes[label] == before else _size(sizes[label]), *cells]
@@ -249,7 +250,7 @@ def matrix_sheet(sections: Sequence[tuple[Comparison, Sequence[Row], Scale]]) ->
 def _size(size: str) -> Cell:
     """A size in two lines: it heads a narrow column."""
     number, _, unit = size.partition(" ")
-    return Cell(number, unit) if number[:1].isdigit() else Cell(size)
+    return Cell(number, unit, "size") if number[:1].isdigit() else Cell(size, "", "size")
 
 
 def overview_sheet(
