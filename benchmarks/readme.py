@@ -105,7 +105,7 @@ def _mean(value: float | None, best: bool) -> str:
 def _exponent(line: dict[str, Any] | None) -> str:
     if line is None:
         return "–"
-    return f"{line['exponent']:.2f}" + ("" if line["error"] is None else f" ± {line['error']:.2f}")
+    return f"{line['exponent']:z.2f}" + ("" if line["error"] is None else f" ± {line['error']:.2f}")
 
 
 def provenance(record: dict[str, Any]) -> str:

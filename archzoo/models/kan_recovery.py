@@ -39,7 +39,6 @@ _LEAST_SAMPLES = 5
 _SAMPLES = 250  # of an edge's function, that functions are fitted to
 _GOOD = 1e-2  # error of splines, in standard deviations, at which a structure may be the right one
 _STRUCTURES = 2**17  # sets of edges that are looked through
-_LEAST_R2 = 0.8  # of a function that is tried
 _PRICE = 0.1  # what a unit of complexity, a free number or a spline costs: decades of the error
 _TRIED = 3  # models of splines in which functions are searched
 
@@ -387,7 +386,7 @@ class _Search:
         for edge in sorted(numeric, key=lambda edge: (clear[edge], edge))[:edges]:
             l, o, i = edge  # noqa: E741
             for place, fit in enumerate(fits.get(edge) or self._fits(state.model, edge)):
-                if fit.r2 < _LEAST_R2 or not (place < self.candidates or fit.name == "x"):
+                if fit.r2 == -math.inf or not (place < self.candidates or fit.name == "x"):
                     continue
                 trial = copy.deepcopy(state.model)
                 trial.blocks[l].fix_edge(o, i, fit)

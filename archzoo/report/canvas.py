@@ -153,7 +153,13 @@ def draw_frame(axes: "Axes") -> None:
 
 
 # Mantissas of the labels of a logarithmic axis, from few to many.
-_MANTISSAS: tuple[tuple[float, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+_MANTISSAS: tuple[tuple[float, ...], ...] = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+)
 
 
 def log_axis(axes: "Axes", which: str) -> None:

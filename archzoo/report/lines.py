@@ -30,7 +30,7 @@ from archzoo.report.load import Comparison
 from archzoo.report.placing import spread
 from archzoo.report.ranking import Row
 from archzoo.report.scaling import PowerLaw, Series
-from archzoo.report.wording import Scale, score_label
+from archzoo.report.wording import Scale, exponent, score_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def score_lines(
     if not lines:
         return None
     fitted = name == "parameters"
-    labels = [(line.label, f"α = {_exponent(line.law)}" if fitted and line.law else "") for line in lines]
+    labels = [(line.label, f"α = {exponent(line.law)}" if fitted and line.law else "") for line in lines]
     width = max(max(text_width(text, SMALL) for text in both) for both in labels) + 44
     figure, axes = new_axes(WIDTH, HEIGHT, 60, width, 12, 48)
     log_x, log_y = _limits(axes, lines, comparison.mode)
@@ -108,7 +108,7 @@ def small_multiples(
         return None
     columns = min(len(panels), 4 if len(panels) not in (5, 6, 9) else 3)
     rows = math.ceil(len(panels) / columns)
-    shared = len({(score_label(comparison, scale)) for comparison, scale, _ in panels}) == 1
+    shared = len({score_label(comparison, scale) for comparison, scale, _ in panels}) == 1
     names = {line.label: line.look for _, _, lines in panels for line in lines}
     widths = [text_width(name, SMALL) + 60 for name in names]
     legend = _wrapped(widths, WIDE - 60)
@@ -130,37 +130,35 @@ def small_multiples(
         x, y = left + column * step_x, height - top - (row + 1) * step_y + (0.0 if shared else 26.0)
         box = (x / WIDE, y / height, (step_x - _GUTTER - (0 if shared else 24)) / WIDE, PANEL / height)
         axes = figure.add_axes(box)
-        log_x, log_y = _limits(axes, everything if shared else lines, comparison.mode, lines)
+        log_x, log_y = _limits(axes, everything if shared else lines, comparison.mode)
         _ticks(axes, log_x, log_y)
         for line in reversed(lines):
             _draw(axes, line, log_x and log_y)
-        told = [("", f"{line.law.exponent:.1f}" if line.law else "") for line in lines]
+        told = [("", f"{line.law.exponent:z.1f}" if line.law else "") for line in lines]
         _labels(figure, axes, lines, told)
-        title = comparison.groups[0].task
+        score = score_label(comparison, scale)
+        title = comparison.groups[0].task + ("" if shared else f": {score[0].lower()}{score[1:]}")
         figure.text(*fraction(figure, x, y + PANEL + 8), title, ha="left", va="center", color=INK, fontweight="bold")
         last = place + columns >= len(panels)
-        axes.tick_params(labelleft=not shared or column == 0, labelbottom=last)
-        if column == 0:
-            axes.set_ylabel(score_label(comparison, scale), fontsize=SMALL)
+        axes.tick_params(labelleft=not shared or column == 0, labelbottom=not shared or last)
+        if shared and column == 0:
+            axes.set_ylabel(score, fontsize=SMALL)
         if last:
             axes.set_xlabel("Parameters", fontsize=SMALL)
-    caption = (
-        "Medians over seeds; the bar spans the lowest to the highest seed. Dotted: the power law through all points, "
-        "score ~ parameters^-α; the number at its right is α."
-        + (" All panels have the same axes, so that slopes compare." if shared else "")
-    )
+    caption = "Medians over seeds; the bar spans the lowest to the highest seed."
+    if any(line.law for line in everything):
+        caption += (
+            " Dotted: the power law through all points, score ~ parameters^-α; the number at the right of a line is α."
+        )
+    caption += " All panels have the same axes, so that slopes compare." if shared else ""
     what = "Score against parameters, by task"
     return Picture("scaling", what, caption, to_svg(figure, what), wide=True)
-
-
-def _exponent(law: PowerLaw) -> str:
-    return f"{law.exponent:.2f}" + (f" ± {law.error:.2f}" if law.error is not None else "")
 
 
 def _lines(
     series: Sequence[Series], scale: Scale, looks: Mapping[str, Style], cost: Callable[[Row], float | None]
 ) -> list[_Line]:
-    """Those that have a point, the one that ends best first."""
+    """Those that have a point, in the units of the axes."""
     found = []
     for one in series:
         factor = scale.factor
@@ -174,7 +172,7 @@ def _lines(
     return found
 
 
-def _limits(axes: "Axes", lines: Sequence[_Line], mode: str, own: Sequence[_Line] = ()) -> tuple[bool, bool]:
+def _limits(axes: "Axes", lines: Sequence[_Line], mode: str) -> tuple[bool, bool]:
     """Sets the limits; whether the axes are to be logarithmic."""
     xs = [x for line in lines for x, *_ in line.points]
     ys = [y for line in lines for _, *values in line.points for y in values]

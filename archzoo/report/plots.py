@@ -533,4 +533,4 @@ def _short_labels(groups: Sequence[Contestant]) -> dict[str, str]:
 
 def _initials(key: str) -> str:
     words = [word for word in re.split(r"[._]", key) if word]
-    return "".join(word[0] for word in words) if len(words) > 1 else key[:4]
+    return "".join(word[0] for word in words) if len(words) > 1 else key[:3]

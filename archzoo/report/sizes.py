@@ -34,12 +34,14 @@ def with_sizes(contestants: Sequence[Told]) -> "tuple[Contestant, ...]":
     for (group, settings, short), value in zip(contestants, values, strict=True):
         options = {name: settings.get(full, "unset") for full, name in short.items() if full != keys[group.layer]}
         size = _words(key, value, settings) if key and compete else ""
-        sized.append((replace(group, size=size, series=labelled(group.layer, options)), _number(value) or math.inf))
-    several: dict[str, set[int]] = defaultdict(set)
+        series = labelled(group.layer, options) if keys[group.layer] else ""
+        sized.append((replace(group, size=size, series=series), _number(value) or math.inf))
+    counts: dict[tuple[str, str], set[int]] = defaultdict(set)
     for group, _ in sized:
-        several[group.series].update(filter(None, [group.parameters]))
+        counts[group.task, group.series].update(filter(None, [group.parameters]))
+    several = {series for (_, series), found in counts.items() if len(found) > 1}
     ordered = sorted(sized, key=lambda pair: (pair[0].task, pair[1], pair[0].size, pair[0].label))
-    return tuple(group if len(several[group.series]) > 1 else replace(group, series="") for group, _ in ordered)
+    return tuple(group if group.series in several else replace(group, series="") for group, _ in ordered)
 
 
 def labelled(name: str, options: Mapping[str, str]) -> str:

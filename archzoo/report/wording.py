@@ -209,7 +209,7 @@ def exponent(law: PowerLaw | None) -> str:
     """3.92 ± 0.21; without an error where there are two points only."""
     if law is None:
         return NOTHING
-    return f"{law.exponent:.2f}" + (f" ± {law.error:.2f}" if law.error is not None else "")
+    return f"{law.exponent:z.2f}" + (f" ± {law.error:.2f}" if law.error is not None else "")
 
 
 def _of_sizes(comparison: Comparison, contests: Mapping[str, Sequence[Row]], scale: Scale) -> Verdict:

@@ -177,6 +177,17 @@ def test_small_multiples_have_a_panel_for_each_task(build_sizes, count):
     inside(root, "scaling")
 
 
+def test_tasks_with_different_scores_have_axes_of_their_own(build_sizes):
+    folder = sized(build_sizes, ["xy"])
+    sized(build_sizes, ["j0"], metric="accuracy", mode="max")
+    root = draw(folder)["scaling"]
+    told = texts(root)
+    assert "j0: test accuracy" in told
+    assert "xy: test rmse, lower is better" in told
+    assert told.count("3.0") == 1
+    inside(root, "scaling")
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("scores", [(0.0, 0.0), (-1.0, 1.0), (1e-30, 1e30), (0.5, 0.5)], ids=str)
 def test_any_scores_of_any_sizes_can_be_drawn(build_sizes, mode, scores):

@@ -117,6 +117,14 @@ def test_options_at_one_matched_count_are_no_sizes(build, write):
     assert {(group.size, group.series) for group in load_comparison(folder).groups} == {("", "")}
 
 
+def test_one_size_whose_count_differs_between_tasks_makes_no_series(build_sizes, write):
+    folder = build_sizes({"kan": steep, "linear": flat}, sizes=(100,), functions=("xy",))
+    for layer in ("kan", "linear"):
+        options = {"metric": "rmse", "mode": "min", "task": "functions", "task_options": {"function": "j0"}}
+        write(folder / f"{layer}-j0", layer=layer, score=0.1, parameters=90, budget={"to": 100}, **options)
+    assert {(group.size, group.series) for group in load_comparison(folder).groups} == {("", "")}
+
+
 @given(
     alpha=st.floats(-3, 6),
     factor=st.floats(1e-3, 1e3),
