@@ -121,14 +121,16 @@ def recover_formula(
     `auto_symbolic` asks of each edge alone which function it looks like. Where several functions look alike, or where
     one edge can be wrong and another make up for it, that goes astray (pykan#89, #480). Here the splines only propose:
 
-    1. Structures: sets of edges so that each subnode has one and each node is used, those with the fewest edges first.
-       In each, splines are trained by `fit_least_squares` from several random starts.
+    1. Structures: sets of edges so that each subnode has one and each node is used, those with the fewest splines
+       first. Two functions in a row, with nothing added between, are first tried as a straight line and one function.
+       In each structure, splines are trained by `fit_least_squares` from several random starts.
     2. Functions: on the edge that is clearest, each of the likeliest functions is tried, and all else is trained
        anew, splines and formulas; the best models are kept, and go on to the next edge.
 
     Models are compared by the error that is left, and by the complexity of their functions. It ends when the error is
-    below the tolerance, or when nothing is left to be tried. For some inputs, a dozen edges and data with little noise;
-    random numbers are those of torch's global generator. It works in float64.
+    below the tolerance, or when nothing is left to be tried. For some inputs and a dozen edges; seconds to minutes.
+    Noise is allowed for, but it takes the most time, as nothing says then that the formula is found. Random numbers are
+    those of torch's global generator. It works in float64, whatever the model is in.
 
     Args:
         model: Its nodes are kept, its splines are trained anew, its pruned edges stay pruned, its formulas go.
@@ -161,7 +163,7 @@ def recover_formula(
         for o, i in block.symbolic_mask().nonzero().tolist():
             plain.unfix_symbolic(l, o, i)
     search = _Search(x, y, unit, list(names), candidates, trials, tolerance)
-    splines = _Splines(plain, x, y, unit, starts, _structures(plain, structures))
+    splines = _SplineModels(plain, x, y, unit, starts, _structures(plain, structures))
     ends: list[tuple[_State, float]] = []
     for beam in beams:
         for start in splines:
@@ -180,7 +182,7 @@ def recover_formula(
 # --- Structures -------------------------------------------------------------------------------------------------------
 
 
-class _Splines:
+class _SplineModels:
     """Models of splines that may be made formulas: iterates over the best, of the fewest splines first; trains lazily.
 
     In each group of structures that have equally many splines: of the best structure the model with the straightest
@@ -191,7 +193,7 @@ class _Splines:
     def __init__(self, model: KAN, x: Tensor, y: Tensor, unit: float, starts: int, structures: list[Masks]):
         self.model, self.x, self.y, self.unit, self.starts = model, x, y, unit, starts
         self.trained = 0
-        self._left = [list(group) for _, group in itertools.groupby(structures, key=_splines)]
+        self._left = [list(group) for _, group in itertools.groupby(structures, key=_splines_in)]
         self._done: list[_State] = []
 
     def __iter__(self) -> Iterator[_State]:
@@ -262,6 +264,7 @@ def _start_straight(model: KAN, x: Tensor) -> None:
     Where a node can be bent and what follows can be bent back, as at a product of positive factors, training stays near
     where it began; and of formulas, the straight ones are the easiest to see.
     """
+    x = model.activations(x)[0]
     for block in model.blocks:
         edges = block.edges
         edges.update_grid(x)
@@ -282,7 +285,7 @@ def _start_straight(model: KAN, x: Tensor) -> None:
 
 
 def _structures(model: KAN, most: int) -> list[Masks]:
-    """The `most` structures of fewest edges, in random order where they have equally many."""
+    """The `most` structures of fewest splines, in random order where they have equally many."""
     possible = [edges for block in model.blocks for edges in block.numeric_mask().sum(1).tolist()]
     count = math.prod(2**edges - 1 for edges in possible)
     if count > _STRUCTURES:
@@ -290,32 +293,31 @@ def _structures(model: KAN, most: int) -> list[Masks]:
             f"model: has {sum(possible)} edges, of which {count:.1g} sets could be chosen, more than {_STRUCTURES}; "
             "take fewer nodes, or prune edges first"
         )
-    every = [
-        lines
-        for masks in itertools.product(*(_block_structures(block) for block in model.blocks))
-        for lines in _with_lines(model, masks)
-    ]
-    order = torch.randperm(len(every)).tolist()
-    return sorted((every[at] for at in order), key=_splines)[:most]
+    every = list(itertools.product(*(_block_structures(block) for block in model.blocks)))
+    every = [every[at] for at in torch.randperm(len(every)).tolist()]
+    chains = {masks: _chains(model, masks) for masks in every}
+    fewest = sorted(every, key=lambda masks: _splines_in(masks) - len(chains[masks]))[:most]
+    return sorted((lines for masks in fewest for lines in _with_lines(masks, chains[masks])), key=_splines_in)[:most]
 
 
-def _splines(masks: Masks) -> int:
+def _splines_in(masks: Masks) -> int:
     """How many edges are splines."""
     return sum(entry == _SPLINE for block in masks for row in block for entry in row)
 
 
-def _with_lines(model: KAN, masks: Masks) -> Iterator[Masks]:
-    """The same structure, and the same with straight lines in place of splines where they say nothing new.
-
-    That is on an edge that is the only one into a sum with but one edge out of it: two functions, one after the other,
-    are one function, as a rule.
-    """
-    chains = []
+def _chains(model: KAN, masks: Masks) -> list[Edge]:
+    """Edges that are the only one into a sum with but one edge out of it: two functions in a row, where one may do."""
+    found = []
     for l, (block, above) in enumerate(itertools.pairwise(masks)):  # noqa: E741
         for node in range(model.blocks[l].n_sum):
             inputs = [i for i, entry in enumerate(block[node]) if entry]
             if len(inputs) == 1 and sum(row[node] for row in above) == 1:
-                chains.append((l, node, inputs[0]))
+                found.append((l, node, inputs[0]))
+    return found
+
+
+def _with_lines(masks: Masks, chains: list[Edge]) -> Iterator[Masks]:
+    """The same structure with straight lines in place of splines on some of the edges in `chains`, or none."""
     for kinds in itertools.product((_LINE, _SPLINE), repeat=len(chains)):
         entries = [[list(row) for row in block] for block in masks]
         for (l, o, i), kind in zip(chains, kinds, strict=True):  # noqa: E741

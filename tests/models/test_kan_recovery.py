@@ -77,6 +77,34 @@ def test_edges_that_were_pruned_stay_so_and_formulas_may_go():
     assert model.numeric_edges() == []
 
 
+def test_pruned_inputs_stay_so():
+    x = samples(inputs=3)
+    y = x[:, 2:] * x[:, :1]
+    model = KAN([3, (0, 1), 1], grid_size=4, dtype=torch.float64)
+    with torch.no_grad():
+        model.blocks[0].edges.base_weight[:, 1] = 0
+        model.blocks[0].edges.spline_weight[:, 1] = 0
+    model.prune_inputs(x)
+    recover_formula(model, x, y, ("x", "exp"), beams=(1,))
+    assert model.input_index == [0, 2]
+    assert str(model.formula(tolerance=1e-3)) == "x0*x2"
+
+
+def test_two_functions_in_a_row_are_found_where_one_does_not_do_and_a_line_where_it_does():
+    model = KAN([2, 2, (0, 1), 1])
+    chained = _structures(model, 24)
+    assert chained[0] in (
+        (((2, 0), (0, 2)), ((0, 1), (1, 0)), ((1,),)),
+        (((0, 2), (2, 0)), ((0, 1), (1, 0)), ((1,),)),
+    )
+    assert any(masks == (((1, 0), (0, 1)), ((0, 1), (1, 0)), ((1,),)) for masks in chained)
+    x = samples()
+    y = x[:, :1] * torch.exp(x[:, 1:] ** 2)
+    model = KAN([2, 2, (0, 1), 1], grid_size=4, dtype=torch.float64)
+    recover_formula(model, x, y, ("x", "x^2", "exp"), beams=(1,), tolerance=1e-6)
+    assert str(model.formula(tolerance=1e-3)) == "x0*exp(x1**2)"
+
+
 def test_where_trials_end_edges_stay_splines():
     x = samples()
     y = x[:, :1] * x[:, 1:]

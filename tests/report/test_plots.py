@@ -182,7 +182,7 @@ def test_tasks_with_different_scores_have_axes_of_their_own(build_sizes):
     sized(build_sizes, ["j0"], metric="accuracy", mode="max")
     root = draw(folder)["scaling"]
     told = texts(root)
-    assert "j0: test accuracy" in told
+    assert "j0: test accuracy (%)" in told
     assert "xy: test rmse, lower is better" in told
     assert told.count("3.0") == 1
     inside(root, "scaling")
