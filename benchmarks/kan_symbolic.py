@@ -1,4 +1,4 @@
-"""Puts the finished experiment `kan_symbolic` into `benchmarks/results/kan_symbolic.json`: what was found."""
+"""Puts a run of experiment=kan_symbolic into `benchmarks/results/kan_symbolic.json`: what was found of each formula."""
 
 import argparse
 import json
@@ -6,70 +6,60 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from archzoo.tasks.functions import FUNCTIONS
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.record import RESULTS
 
 
-def symbolic_record(folder: Path, command: str) -> dict[str, Any]:
-    """For each function: what it is, the hidden levels it was looked for in, and what every seed found."""
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("*/run.json")):
-        run = json.loads(path.read_text())
-        runs[run["config"]["task"]["function"]].append(run)
-    if not runs:
-        raise SystemExit(f"{folder}: no run.json in its folders; run {command} first")
-    rows = [_row(name, sorted(runs[name], key=lambda run: run["seed"])) for name in FUNCTIONS if name in runs]
-    every = [run for group in runs.values() for run in group]
-    first = every[0]
+def formulas(folder: Path) -> dict[str, Any]:
+    """One row a function, with what each seed found; and what made them."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
+    done = [run for run in runs if run["status"] == "done"]
+    if not done:
+        raise ValueError(f"folder={str(folder)!r}: holds no run that is done")
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(done, key=lambda run: run["seed"]):
+        what = run["summary"]["task"]
+        found[run["config"]["task"]["function"]].append(
+            {
+                "seed": run["seed"],
+                "exact": what.get("success") == 1,
+                "formula": what.get("formula"),
+                "formula_rmse": what.get("formula_rmse"),
+                "numeric_edges": what["numeric_edges"],
+                "test_rmse": run["score"]["value"],
+                "wall_s": run["timing"]["wall_s"],
+                "truth": what.get("truth"),
+            }
+        )
+    first = done[0]
     return {
-        "command": command,
-        "exact": sum(row["exact"] > 0 for row in rows),
-        "exact_for_all_seeds": sum(row["exact"] == row["seeds"] for row in rows),
-        "functions": len(rows),
-        "commits": sorted({f"{r['git']['commit'][:12]}{'+' * r['git']['dirty']}" for r in every if r["git"]}),
-        "machine": {k: v for k, v in first["machine"].items() if k != "host"},
+        "task": first["task"],
+        "commit": {"commit": first["git"]["commit"], "dirty": any(run["git"]["dirty"] for run in done)},
+        "machine": {key: value for key, value in first["machine"].items() if key != "host"},
         "device": first["device"],
         "threads": first["threads"],
         "versions": first["versions"],
-        "wall_s": sum(run["timing"]["wall_s"] or 0.0 for run in every),
-        "rows": rows,
+        "wall_s": sum(run["timing"]["wall_s"] for run in done),
+        "unfinished": len(runs) - len(done),
+        "formulas": dict(sorted(found.items())),
     }
 
 
-def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    found = [run["summary"].get("task", {}) for run in runs]
-    return {
-        "function": name,
-        "truth": FUNCTIONS[name].text,
-        "hidden": FUNCTIONS[name].hidden,
-        "exact": sum(summary.get("success") == 1 for summary in found),
-        "seeds": len(runs),
-        "runs": [
-            {
-                "seed": run["seed"],
-                "status": run["status"],
-                "exact": summary.get("success") == 1,
-                "formula": summary.get("formula"),
-                "formula_rmse": summary.get("formula_rmse"),
-                "spline_rmse": summary.get("spline_rmse"),
-                "numeric_edges": summary.get("numeric_edges"),
-                "wall_s": run["timing"]["wall_s"],
-            }
-            for run, summary in zip(runs, found, strict=True)
-        ],
-    }
+def table(record: dict[str, Any]) -> str:
+    """One line a function: the truth, in how many seeds it was found exactly, and what was found."""
+    lines = ["| function | truth | found exactly | as |", "|---|---|---|---|"]
+    for name, runs in record["formulas"].items():
+        exact = [run for run in runs if run["exact"]]
+        best = min(runs, key=lambda run: (not run["exact"], run["test_rmse"]))
+        shown = f"`{best['formula']}`" if exact else f"not found; test RMSE {best['test_rmse']:.1e} at best"
+        lines.append(f"| `{name}` | `{runs[0]['truth']}` | {len(exact)} of {len(runs)} | {shown} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kan_symbolic", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs/kan_symbolic"))
-    parser.add_argument("--command", default="python train.py experiment=kan_symbolic", help="what made it")
+    parser.add_argument("folder", type=Path, help="as outputs/kan_symbolic")
+    parser.add_argument("--command", default="python train.py experiment=kan_symbolic")
     args = parser.parse_args(argv)
-    record = symbolic_record(args.folder, args.command)
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "kan_symbolic.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    for row in record["rows"]:
-        print(f"{row['exact']}/{row['seeds']}  {row['function']:20} {row['truth']}")
-    print(f"{record['exact']} of {record['functions']} functions exactly, from one seed or more; wrote {path}")
+    path.write_text(json.dumps({"command": args.command, **formulas(args.folder)}, indent=1) + "\n")
+    print(f"wrote {path}")
