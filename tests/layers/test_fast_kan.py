@@ -91,7 +91,7 @@ def test_kept_outputs():
     layer, x = FastKANLinear(3, 4), torch.randn(5, 3)
     y = layer(x)
     layer.keep_outputs_([3, 1])
-    assert torch.equal(layer(x), y[:, [3, 1]])
+    assert rms_error(layer(x), y[:, [3, 1]]) < 1e-6  # another GEMM may sum in another order
     assert layer.out_features == 2
     with pytest.raises(ValueError, match=re.escape("index=[2]: must be at least one index from 0 to 1")):
         layer.keep_outputs_([2])
