@@ -76,7 +76,7 @@ def _row(row: Row, part: Comparison) -> dict[str, Any]:
         "step_time_s": row.step_time_s,
         "saved_bytes": row.saved_bytes,
         "statuses": dict(row.statuses),
-        "figures": {name: str(figure) for name, figure in row.figures.items()},
+        "figures": {name: asdict(figure) for name, figure in row.figures.items()},
     }
 
 
