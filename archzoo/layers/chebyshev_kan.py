@@ -40,7 +40,7 @@ class _Chebyshev(_KANLinear):
     nonlinear=True,
     card=Card(
         title="ChebyKAN: Kolmogorov-Arnold networks on Chebyshev polynomials",
-        authors="SynodicMonth (repository only, no paper)",
+        authors="SynodicMonth (a repository without a paper)",
         year=2024,
         arxiv="",
         equation=_EQUATION,

@@ -49,7 +49,7 @@ class _Fourier(_KANLinear):
     nonlinear=True,
     card=Card(
         title="FourierKAN: Kolmogorov-Arnold networks on Fourier series",
-        authors="GistNoesis (repository only, no paper)",
+        authors="GistNoesis (a repository without a paper)",
         year=2024,
         arxiv="",
         equation=r"y_o = b_o + \sum_i \sum_{j=1}^{G} ( w_{oi0j} \cos j x_i + w_{oi1j} \sin j x_i )",
