@@ -1,14 +1,16 @@
 """What the KAN layers share beside their operators: a linear and a convolutional layer of any basis, and checks."""
 
 import math
+import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.kernels._conv import check_input
 from archzoo.kernels.basis_conv2d import basis_conv2d, padding_sides
 from archzoo.kernels.basis_linear import Basis, basis_linear
 from archzoo.layers._conv import as_pair, check_channels, check_padding
@@ -28,16 +30,20 @@ def _check_whole(least: int, **sizes: Any) -> None:
 def _check_finite(**factors: float) -> None:
     """Raises a ValueError unless each is a finite number, 0 or more."""
     for name, factor in factors.items():
-        if not 0 <= factor < math.inf:
-            raise ValueError(f"{name}={factor}: must be finite, 0 or more")
+        if not (_is_finite(factor) and factor >= 0):
+            raise ValueError(f"{name}={factor!r}: must be finite, 0 or more")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _checked_range(grid_range: Sequence[float]) -> tuple[float, float]:
-    """The two ends as floats; a ValueError unless they are finite and increase."""
-    low, high = map(float, grid_range)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"grid_range={tuple(grid_range)}: must be finite and increasing, as (-1.0, 1.0)")
-    return low, high
+    """The two ends as floats; a ValueError unless they are two finite numbers that increase."""
+    ends = list(grid_range) if isinstance(grid_range, Iterable) else []
+    if len(ends) != 2 or not all(map(_is_finite, ends)) or not ends[0] < ends[1]:
+        raise ValueError(f"grid_range={grid_range!r}: must be finite and increasing, two numbers as (-1.0, 1.0)")
+    return float(ends[0]), float(ends[1])
 
 
 def _as_index(name: str, index: Sequence[int] | Tensor, size: int, device: torch.device) -> Tensor:
@@ -56,11 +62,14 @@ def _as_index(name: str, index: Sequence[int] | Tensor, size: int, device: torch
 class _KANLinear(nn.Module):
     """Sizes, bias and methods of a KAN layer in the place of `nn.Linear`; (*, I) -> (*, O).
 
-    A subclass makes parameters by `_parameter`, whose first dimensions are those of `_edges`, then calls
-    `reset_parameters`, and says by `_terms` what is summed: a list of (basis, weight, *the basis's tensors).
+    A subclass sets `_functions` and `weight`, names in `_tensors` what the functions take besides x, and calls
+    `reset_parameters`. One with several terms, or other weights, overrides `forward` and `_per_output`.
     """
 
     bias: nn.Parameter | None
+    weight: nn.Parameter
+    _functions: Basis
+    _tensors: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -99,12 +108,23 @@ class _KANLinear(nn.Module):
         before, after = self._edges
         return self._parameter(*before, *functions, *after)
 
-    def _terms(self) -> list[tuple[Basis, Tensor, *tuple[Tensor, ...]]]:
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
-        """(*, I) -> (*, O). A ValueError if the last dimension is not I."""
-        return self._sum(x, self._terms())
+        """As the usual layer. A ValueError if x has another number of features."""
+        before, after = self._edges
+        weight = self.weight.reshape(*before, self._functions.size, *after)
+        return self._sum(x, [(self._functions, weight, *(getattr(self, name) for name in self._tensors))])
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """x; a ValueError if it has another number of features."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
+            )
+        return x
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Samples as (N, features)."""
+        return self._checked(x).reshape(-1, self.in_features)
 
     def _sum(self, x: Tensor, terms: Sequence[Any]) -> Tensor:
         """The terms of x, and the bias."""
@@ -168,8 +188,8 @@ class _KANConv2d(_KANLinear):
         self.kernel_size = as_pair("kernel_size", kernel_size, 1)
         self.stride, self.dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
         self.padding = check_padding(padding, self.stride)
-        if pad_value is not None and not math.isfinite(pad_value):
-            raise ValueError(f"pad_value={pad_value}: must be a finite number, or None for padding that adds nothing")
+        if pad_value is not None and not _is_finite(pad_value):
+            raise ValueError(f"pad_value={pad_value!r}: must be a finite number, or None for padding that adds nothing")
         self.pad_value = pad_value
         self._factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.bias = self._parameter(out_channels) if bias else None
@@ -186,9 +206,12 @@ class _KANConv2d(_KANLinear):
     def _fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, O, H', W'), as `nn.Conv2d`. A ValueError if x has not C channels."""
-        return self._sum(x, self._terms())
+    def _checked(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_channels)
+        return x
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return self._checked(x).movedim(-3, -1).reshape(-1, self.in_channels)
 
     def _sum(self, x: Tensor, terms: Sequence[Any]) -> Tensor:
         return basis_conv2d(

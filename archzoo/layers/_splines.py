@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from archzoo.kernels.activation import Activation, as_activation
 from archzoo.kernels.kan_spline import OUTSIDE, BSpline
-from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _KANLinear
+from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _is_finite, _KANLinear
 
 _REFIT_BLOCK = 2**20  # elements of a block's bases, while a spline is fitted anew
 
@@ -49,8 +49,8 @@ class _Splines(_KANLinear):
         _check_whole(0, spline_order=spline_order)
         _check_finite(scale_noise=scale_noise, scale_base=scale_base, scale_spline=scale_spline)
         _check_finite(regularize_activation=regularize_activation, regularize_entropy=regularize_entropy)
-        if not 0 <= grid_eps <= 1:
-            raise ValueError(f"grid_eps={grid_eps}: must lie from 0 (quantiles) to 1 (uniform)")
+        if not (_is_finite(grid_eps) and 0 <= grid_eps <= 1):
+            raise ValueError(f"grid_eps={grid_eps!r}: must lie from 0 (quantiles) to 1 (uniform)")
         if extrapolation not in OUTSIDE:
             raise ValueError(f"extrapolation={extrapolation!r}: must be one of {', '.join(map(repr, OUTSIDE))}")
         self.grid_size, self.spline_order = grid_size, spline_order
@@ -292,17 +292,6 @@ class _Splines(_KANLinear):
     def _base_values(self, x: Tensor) -> Tensor:
         assert self._base is not None
         return self._base(x)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
-            )
-        return x
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Samples as (N, I); a ValueError if they do not fit."""
-        return self._checked(x).reshape(-1, self._features)
 
     def _samples(self, x: Tensor) -> Tensor:
         """Samples as (I, N) in float64; refuses none, and what is not finite."""

@@ -1,7 +1,5 @@
 """ChebyshevKAN: KAN layers whose edges are Chebyshev polynomials (https://github.com/SynodicMonth/ChebyKAN)."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ class _Chebyshev(_KANLinear):
 
     def _build(self, degree: int) -> None:
         _check_whole(0, degree=degree)
-        self.degree, self.chebyshev = degree, Chebyshev(degree)
+        self.degree, self._functions = degree, Chebyshev(degree)
         self.weight = self._weight(degree + 1)
         self.reset_parameters()
 
@@ -26,9 +24,6 @@ class _Chebyshev(_KANLinear):
         nn.init.normal_(self.weight, std=1 / (self._fan_in * (self.degree + 1)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _terms(self) -> list[Any]:
-        return [(self.chebyshev, self.weight)]
 
     def _options(self) -> str:
         return f", degree={self.degree}"

@@ -1,15 +1,13 @@
 """FastKAN: KAN layers whose splines are Gaussian radial basis functions (https://arxiv.org/abs/2405.06721)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from archzoo.kernels._conv import check_input
 from archzoo.kernels.activation import Activation, as_activation
 from archzoo.kernels.rbf import RBF
-from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _KANConv2d, _KANLinear
+from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _is_finite, _KANConv2d, _KANLinear
 from archzoo.registry import Card, register_layer
 
 
@@ -34,8 +32,8 @@ class _FastKAN(_KANLinear):
         low, high = _checked_range(grid_range)
         if bandwidth is None and grid_size == 1:
             raise ValueError("bandwidth=None: grid_size=1 has no distance of centres to use; give a positive number")
-        if bandwidth is not None and not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth={bandwidth}: must be positive and finite, or None for the centres' distance")
+        if bandwidth is not None and not (_is_finite(bandwidth) and bandwidth > 0):
+            raise ValueError(f"bandwidth={bandwidth!r}: must be positive and finite, or None for the centres' distance")
         if layernorm and self._features == 1:
             raise ValueError("layernorm=True: normalising a single feature gives 0 for every input; use False or None")
         self.grid_size, self.grid_range, self.scale_spline = grid_size, (low, high), float(scale_spline)
@@ -65,16 +63,12 @@ class _FastKAN(_KANLinear):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def _check(self, x: Tensor) -> None:
-        """A ValueError if x does not fit, also if its dtype is not that of the parameters, which a norm must have."""
-        raise NotImplementedError
-
     def _normalized(self, x: Tensor) -> Tensor:
         return x if self.layernorm is None else self.layernorm(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the usual layer. A ValueError if the features of x, or its dtype, are not those of the layer."""
-        self._check(x)
+        self._checked(x)
         dtype, device = self.spline_weight.dtype, x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if not (x.is_floating_point() and (autocast or x.dtype == dtype)):
@@ -157,12 +151,6 @@ class FastKANLinear(_FastKAN):
         normalize = in_features > 1 if layernorm is None else layernorm
         self._build(grid_size, grid_range, bandwidth, normalize, base_activation, scale_spline)
 
-    def _check(self, x: Tensor) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
-            )
-
 
 @register_layer(
     "fast_kan_conv2d",
@@ -237,9 +225,6 @@ class FastKANConv2d(_FastKAN, _KANConv2d):
         shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         _KANConv2d.__init__(self, *shape, bias, pad_value, device, dtype)
         self._build(grid_size, grid_range, bandwidth, layernorm, base_activation, scale_spline)
-
-    def _check(self, x: Tensor) -> None:
-        check_input(x, self.in_channels)
 
     def _normalized(self, x: Tensor) -> Tensor:
         return x if self.layernorm is None else self.layernorm(x.movedim(-3, -1)).movedim(-1, -3)

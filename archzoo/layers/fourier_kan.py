@@ -1,7 +1,5 @@
 """FourierKAN: KAN layers whose edges are Fourier series (https://github.com/GistNoesis/FourierKAN)."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -15,7 +13,7 @@ class _Fourier(_KANLinear):
 
     def _build(self, grid_size: int, smooth_init: bool) -> None:
         _check_whole(1, grid_size=grid_size)
-        self.grid_size, self.smooth_init, self.fourier = grid_size, smooth_init, Fourier(grid_size)
+        self.grid_size, self.smooth_init, self._functions = grid_size, smooth_init, Fourier(grid_size)
         self.weight = self._weight(2, grid_size)
         self.reset_parameters()
 
@@ -35,9 +33,6 @@ class _Fourier(_KANLinear):
             self.weight.mul_(self.grid_size**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _terms(self) -> list[Any]:
-        return [(self.fourier, self.weight.flatten(2, 3))]
 
     def _options(self) -> str:
         return f", grid_size={self.grid_size}, smooth_init={self.smooth_init}"

@@ -147,7 +147,7 @@ class KANLinear(_Splines):
             x: (*, I), N samples in all; the deviation of one sample is 0.
             normalize: Whether to divide by the inputs' own standard deviation + 0.1, as pykan does.
         """
-        x = self._checked(x).reshape(-1, self.in_features)
+        x = self._rows(x)
         wide = _double(x).t()  # (I, N)
         base, spline = self._weights()
         features, weights = self.spline.values(wide, *self._knots()), _double(spline).transpose(0, 1)  # (I, O, K)

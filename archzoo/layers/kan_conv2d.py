@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from archzoo.kernels._conv import check_input
 from archzoo.layers._kan import _KANConv2d
 from archzoo.layers._splines import _Splines
 from archzoo.registry import Card, register_layer
@@ -113,10 +112,3 @@ class KANConv2d(_Splines, _KANConv2d):
             regularize_activation=regularize_activation,
             regularize_entropy=regularize_entropy,
         )
-
-    def _checked(self, x: Tensor) -> Tensor:
-        check_input(x, self.in_channels)
-        return x
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return self._checked(x).movedim(-3, -1).reshape(-1, self.in_channels)

@@ -1,7 +1,6 @@
 """Group-rational KAN: the layer of the Kolmogorov-Arnold Transformer, KAT (https://arxiv.org/abs/2409.10594)."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,9 @@ _STARTS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float]] = {
 class _Rational(_KANLinear):
     """What the two forms share: the function, and how its coefficients and weights start."""
 
+    _functions: Rational
+    _tensors = "numerator", "denominator"
+
     _names = "groups", "in_features"
     """What the form calls the groups of the function, and the features that they divide."""
 
@@ -53,7 +55,7 @@ class _Rational(_KANLinear):
             raise ValueError(f"init={init!r}: must be one of {', '.join(map(repr, _STARTS))}")
         if denominator not in DENOMINATORS:
             raise ValueError(f"denominator={denominator!r}: must be one of {', '.join(map(repr, DENOMINATORS))}")
-        self.rational, self.init, self.share_numerator = Rational(groups, denominator), init, bool(share_numerator)
+        self._functions, self.init, self.share_numerator = Rational(groups, denominator), init, bool(share_numerator)
         setattr(self, option, groups)
         self.weight = self._weight()
         self.numerator = self._parameter(1 if share_numerator else groups, 6)
@@ -70,9 +72,6 @@ class _Rational(_KANLinear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _terms(self) -> list[Any]:
-        return [(self.rational, self.weight.unsqueeze(2), self.numerator, self.denominator)]
-
     def _activate(self, x: Tensor, axis: int) -> Tensor:
         """F(x), the features of x along an axis."""
         if x.ndim < -axis or x.shape[axis] != self._features:
@@ -83,13 +82,13 @@ class _Rational(_KANLinear):
             raise ValueError(f"x has dtype {x.dtype}; it must be floating point, as the weight ({self.weight.dtype})")
         first = x.movedim(axis, 0)
         columns = first.unsqueeze(-1).flatten(1).to(widen(x.dtype))
-        values = self.rational.values(columns, self.numerator, self.denominator)
+        values = self._functions.values(columns, self.numerator, self.denominator)
         return values.to(x.dtype).view(first.shape).movedim(0, axis)
 
     def _options(self) -> str:
         return (
-            f", {self._names[0]}={self.rational.groups}, init={self.init!r}, "
-            f"denominator={self.rational.denominator!r}, share_numerator={self.share_numerator}"
+            f", {self._names[0]}={self._functions.groups}, init={self.init!r}, "
+            f"denominator={self._functions.denominator!r}, share_numerator={self.share_numerator}"
         )
 
 

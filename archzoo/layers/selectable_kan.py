@@ -1,6 +1,5 @@
 """S-KAN: every output chooses what kind of functions its edges carry (https://arxiv.org/abs/2408.08338)."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.layers._conv import as_pair, check_channels, check_padding
-from archzoo.layers._kan import _check_whole
+from archzoo.layers._kan import _check_whole, _is_finite
 from archzoo.names import suggest
 from archzoo.registry import Card, Kind, create_layer, get_layer, layer_options, list_layers, register_layer
 
@@ -42,7 +41,9 @@ class _SelectableKAN(nn.Module):
 
     def _build(
         self,
+        inputs: int,
         outputs: int,
+        shape: tuple[Any, ...],
         bias: bool,
         pool: Sequence[str],
         pool_kwargs: Mapping[str, Mapping[str, Any]] | None,
@@ -53,8 +54,9 @@ class _SelectableKAN(nn.Module):
     ) -> None:
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity={granularity!r}: must be 'node' (each output chooses) or 'layer'")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature}: must be positive and finite; 1.0 is the plain softmax")
+        if not (_is_finite(temperature) and temperature > 0):
+            raise ValueError(f"temperature={temperature!r}: must be positive and finite; 1.0 is the plain softmax")
+        self._inputs, self._outputs, self._shape = inputs, outputs, shape
         self.pool = self._checked_pool(pool)
         self.pool_kwargs = self._checked_kwargs(pool_kwargs)
         self.granularity, self.temperature = granularity, float(temperature)
@@ -72,11 +74,8 @@ class _SelectableKAN(nn.Module):
         self, name: str, outputs: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> nn.Module:
         """A layer of the pool with so many outputs, and without a bias."""
-        raise NotImplementedError
-
-    @property
-    def _outputs(self) -> int:
-        raise NotImplementedError
+        sizes = (self._inputs, outputs, *self._shape)
+        return create_layer(name, *sizes, bias=False, device=device, dtype=dtype, **self.pool_kwargs[name])
 
     def reset_parameters(self) -> None:
         """Back to stage "full": new random candidates, equal logits. What was pruned is there again, as new objects."""
@@ -404,17 +403,7 @@ class SelectableKANLinear(_SelectableKAN):
         super().__init__()
         _check_whole(1, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._build(out_features, bias, pool, pool_kwargs, granularity, temperature, device, dtype)
-
-    def _candidate(
-        self, name: str, outputs: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Module:
-        options = self.pool_kwargs[name]
-        return create_layer(name, self.in_features, outputs, bias=False, device=device, dtype=dtype, **options)
-
-    @property
-    def _outputs(self) -> int:
-        return self.out_features
+        self._build(in_features, out_features, (), bias, pool, pool_kwargs, granularity, temperature, device, dtype)
 
     def extra_repr(self) -> str:
         """Sizes, options, stage, and how many outputs each candidate won."""
@@ -493,18 +482,8 @@ class SelectableKANConv2d(_SelectableKAN):
         self.kernel_size = as_pair("kernel_size", kernel_size, 1)
         self.stride, self.dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
         self.padding = check_padding(padding, self.stride)
-        self._build(out_channels, bias, pool, pool_kwargs, granularity, temperature, device, dtype)
-
-    def _candidate(
-        self, name: str, outputs: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Module:
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        options = self.pool_kwargs[name]
-        return create_layer(name, self.in_channels, outputs, *shape, bias=False, device=device, dtype=dtype, **options)
-
-    @property
-    def _outputs(self) -> int:
-        return self.out_channels
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, groups)
+        self._build(in_channels, out_channels, shape, bias, pool, pool_kwargs, granularity, temperature, device, dtype)
 
     def extra_repr(self) -> str:
         """Sizes, options, stage, and how many output channels each candidate won."""

@@ -17,11 +17,13 @@ _A, _K, _C = 0.9724108095811765, 0.9884401790754128, 0.999449553483052
 class _Sines(_KANLinear):
     """What the two forms share: the basis, its frequencies and phases, and how weights are drawn."""
 
+    _tensors = "freq", "phase"
+
     phase: Tensor
 
     def _build(self, grid_size: int, is_first: bool) -> None:
         _check_whole(1, grid_size=grid_size)
-        self.grid_size, self.is_first, self.sine = grid_size, is_first, Sine(grid_size)
+        self.grid_size, self.is_first, self._functions = grid_size, is_first, Sine(grid_size)
         self.weight, self.freq = self._weight(grid_size), self._parameter(grid_size)
         self.register_buffer("phase", torch.empty(self._features, grid_size, **self._factory))
         self.reset_parameters()
@@ -42,9 +44,6 @@ class _Sines(_KANLinear):
         self.weight.copy_(amplitude / (outputs * j).view(-1, *[1] * (self.weight.dim() - 3)))
         if self.bias is not None:
             nn.init.constant_(self.bias, 1 / outputs)
-
-    def _terms(self) -> list[Any]:
-        return [(self.sine, self.weight, self.freq, self.phase)]
 
     def _options(self) -> str:
         return f", grid_size={self.grid_size}, is_first={self.is_first}"

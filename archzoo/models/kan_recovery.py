@@ -159,9 +159,9 @@ def recover_formula(
     if not 0 < unit < math.inf:
         raise ValueError("y: the targets must be finite, and not all the same")
     plain = copy.deepcopy(model).double()
-    for l, block in enumerate(plain.blocks):  # noqa: E741
+    for level, block in enumerate(plain.blocks):
         for o, i in block.symbolic_mask().nonzero().tolist():
-            plain.unfix_symbolic(l, o, i)
+            plain.unfix_symbolic(level, o, i)
     search = _Search(x, y, unit, list(names), candidates, trials, tolerance)
     splines = _SplineModels(plain, x, y, unit, starts, _structures(plain, structures))
     ends: list[tuple[_State, float]] = []
@@ -234,9 +234,9 @@ class _SplineModels:
     def _bend(self, state: _State) -> float:
         """How much of the splines' variance is no straight line, summed over them."""
         levels, total = state.model.activations(self.x), 0.0
-        for l, o, i in state.model.numeric_edges():  # noqa: E741
-            z = levels[l][:, i]
-            both = torch.stack([z, state.model.blocks[l].edge_function(o, i, z)])
+        for level, o, i in state.model.numeric_edges():
+            z = levels[level][:, i]
+            both = torch.stack([z, state.model.blocks[level].edge_function(o, i, z)])
             total += 1 - float(both.corrcoef()[0, 1].square().nan_to_num(1.0))  # a constant is a line
         return total
 
@@ -246,9 +246,9 @@ class _SplineModels:
         trial.reset_parameters()
         _start_straight(trial, self.x)
         fixed = []
-        for l, (block, mask) in enumerate(zip(trial.blocks, masks, strict=True)):  # noqa: E741
+        for level, (block, mask) in enumerate(zip(trial.blocks, masks, strict=True)):
             for o, i in (torch.tensor(mask) == _LINE).nonzero().tolist():
-                fixed.append(FixedEdge(l, o, i, trial.fix_symbolic(l, o, i, "x")))
+                fixed.append(FixedEdge(level, o, i, trial.fix_symbolic(level, o, i, "x")))
             block.edges.prune_edges_(0.5, (torch.tensor(mask) == _SPLINE).to(block.edges.spline_weight))
         try:
             fit_least_squares(trial, self.x, self.y, 20, grid_every=4)
@@ -308,11 +308,11 @@ def _splines_in(masks: Masks) -> int:
 def _chains(model: KAN, masks: Masks) -> list[Edge]:
     """Edges that are the only one into a sum with but one edge out of it: two functions in a row, where one may do."""
     found = []
-    for l, (block, above) in enumerate(itertools.pairwise(masks)):  # noqa: E741
-        for node in range(model.blocks[l].n_sum):
+    for level, (block, above) in enumerate(itertools.pairwise(masks)):
+        for node in range(model.blocks[level].n_sum):
             inputs = [i for i, entry in enumerate(block[node]) if entry]
             if len(inputs) == 1 and sum(row[node] for row in above) == 1:
-                found.append((l, node, inputs[0]))
+                found.append((level, node, inputs[0]))
     return found
 
 
@@ -320,8 +320,8 @@ def _with_lines(masks: Masks, chains: list[Edge]) -> Iterator[Masks]:
     """The same structure with straight lines in place of splines on some of the edges in `chains`, or none."""
     for kinds in itertools.product((_LINE, _SPLINE), repeat=len(chains)):
         entries = [[list(row) for row in block] for block in masks]
-        for (l, o, i), kind in zip(chains, kinds, strict=True):  # noqa: E741
-            entries[l][o][i] = kind
+        for (level, o, i), kind in zip(chains, kinds, strict=True):
+            entries[level][o][i] = kind
         yield tuple(tuple(map(tuple, block)) for block in entries)
 
 
@@ -386,21 +386,21 @@ class _Search:
         fits = {edge: self._fits(state.model, edge) for edge in numeric if edge not in clear}
         clear |= {edge: ranked[0].score for edge, ranked in fits.items()}
         for edge in sorted(numeric, key=lambda edge: (clear[edge], edge))[:edges]:
-            l, o, i = edge  # noqa: E741
+            level, o, i = edge
             for place, fit in enumerate(fits.get(edge) or self._fits(state.model, edge)):
                 if fit.r2 == -math.inf or not (place < self.candidates or fit.name == "x"):
                     continue
                 trial = copy.deepcopy(state.model)
-                trial.blocks[l].fix_edge(o, i, fit)
+                trial.blocks[level].fix_edge(o, i, fit)
                 self.trials += 1
                 try:
                     error = fit_least_squares(trial, self.x, self.y, 25, tolerance=1e-2) / self.unit
                 except ValueError:  # not finite
                     continue
-                yield _State(trial, error, (*state.fixed, FixedEdge(l, o, i, fit)), clear)
+                yield _State(trial, error, (*state.fixed, FixedEdge(level, o, i, fit)), clear)
 
     def _fits(self, model: KAN, edge: Edge) -> list[Fit]:
-        l, o, i = edge  # noqa: E741
-        z = model.activations(self.x)[l][:, i].sort().values
+        level, o, i = edge
+        z = model.activations(self.x)[level][:, i].sort().values
         z = z[:: max(1, len(z) // _SAMPLES)]
-        return suggest_functions(z, model.blocks[l].edge_function(o, i, z), names=self.names, grid=41, zooms=1)
+        return suggest_functions(z, model.blocks[level].edge_function(o, i, z), names=self.names, grid=41, zooms=1)

@@ -1,7 +1,7 @@
 """What of a `KAN` has to do with formulas: splines become functions that have a name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,9 @@ class FixedEdge(NamedTuple):
 class SymbolicMethods(nn.Module):
     """The part of `KAN` that makes edges formulas, and reads the formula of the whole."""
 
+    # Of `KAN` itself:
     blocks: Sequence[KANBlock]
-
-    def _samples(self, x: Tensor, least: int) -> list[Tensor]:
-        raise NotImplementedError
+    _samples: Callable[[Tensor, int], list[Tensor]]
 
     @torch.no_grad()
     def suggest_symbolic(
@@ -121,8 +120,8 @@ class SymbolicMethods(nn.Module):
         Raises:
             ValueError: If an argument is out of range.
         """
-        if not r2_threshold <= 1:
-            raise ValueError(f"r2_threshold={r2_threshold}: must be 1 at most, an R^2 such as 0.99")
+        if not (isinstance(r2_threshold, int | float) and r2_threshold <= 1):
+            raise ValueError(f"r2_threshold={r2_threshold!r}: must be 1 at most, an R^2 such as 0.99")
         fixed = []
         inputs = self._samples(x, 5)[0]
         for l, block in enumerate(self.blocks):  # noqa: E741

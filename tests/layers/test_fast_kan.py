@@ -103,6 +103,7 @@ def test_kept_outputs():
         ({"in_features": 0}, "in_features=0: must be a whole number, at least 1"),
         ({"grid_size": 0}, "grid_size=0: must be"),
         ({"grid_size": 1}, "bandwidth=None: grid_size=1 has no"),
+        ({"bandwidth": "wide"}, "bandwidth='wide': must be positive"),
         ({"bandwidth": 0.0}, "bandwidth=0.0: must be positive"),
         ({"grid_range": (2, -2)}, "grid_range=(2, -2): must be finite and increasing"),
         ({"base_activation": 3}, "base_activation=3: must be one of"),

@@ -194,6 +194,7 @@ def test_outputs_can_be_chosen_and_edges_pruned():
         ({"padding": "some"}, "padding='some'"),
         ({"stride": 0}, "stride=0"),
         ({"pad_value": float("nan")}, "pad_value=nan"),
+        ({"pad_value": "0"}, "pad_value='0'"),
     ],
     ids=lambda value: str(value),
 )

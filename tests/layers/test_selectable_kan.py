@@ -499,6 +499,7 @@ def test_sizes_stage_and_winners_are_shown():
         ({"pool_kwargs": ["kan"]}, "pool_kwargs=['kan']: must be None or options by name"),
         ({"pool_kwargs": {"kan": {"grid_size": 0}}}, "grid_size=0: must be"),
         ({"granularity": "edge"}, "granularity='edge': must be 'node'"),
+        ({"temperature": "hot"}, "temperature='hot': must be positive"),
         ({"temperature": 0.0}, "temperature=0.0: must be positive"),
         ({"temperature": -1.0}, "temperature=-1.0: must be positive"),
         ({"temperature": float("inf")}, "temperature=inf: must be positive"),
