@@ -107,16 +107,21 @@ class SineKAN(nn.Module):
 
 
 class WaveletKAN(nn.Module):
-    """A Mexican hat a row, output and input (Wav-KAN), without its batch norm."""
+    """A wavelet a row, output and input (Wav-KAN), without its batch norm."""
 
-    def __init__(self, i: int, o: int):
+    def __init__(self, i: int, o: int, wavelet: str = "mexican_hat"):
         super().__init__()
+        self.wavelet = wavelet
         self.weight = nn.Parameter(torch.randn(o, i) / i**0.5)
         self.scale, self.translation = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
 
     def forward(self, x: Tensor) -> Tensor:
         u = (x.unsqueeze(1).expand(-1, len(self.weight), -1) - self.translation) / self.scale
-        psi = 2 / (math.sqrt(3) * math.pi**0.25) * (u**2 - 1) * torch.exp(-0.5 * u**2)
+        envelope = torch.exp(-0.5 * u**2)
+        if self.wavelet == "mexican_hat":
+            psi = 2 / (math.sqrt(3) * math.pi**0.25) * (u**2 - 1) * envelope
+        else:
+            psi = torch.cos(5 * u) * envelope if self.wavelet == "morlet" else -u * envelope
         return (psi * self.weight).sum(2)
 
 
@@ -158,6 +163,8 @@ TEXTBOOK: dict[str, Callable[[int, int], nn.Module]] = {
     "fourier_kan": FourierKAN,
     "sine_kan": SineKAN,
     "wavelet_kan": WaveletKAN,
+    "wavelet_kan:morlet": lambda i, o: WaveletKAN(i, o, "morlet"),
+    "wavelet_kan:dog": lambda i, o: WaveletKAN(i, o, "dog"),
     "rational_kan": RationalKAN,
 }
 
@@ -206,7 +213,9 @@ def compare(layers: dict[str, nn.Module], n: int, i: int, o: int, seconds: float
 
 def measure(name: str, n: int, i: int, o: int, seconds: float) -> dict[str, object]:
     torch.manual_seed(0)
-    layers = {"ours": archzoo.create_layer(name, i, o), "textbook": TEXTBOOK[name](i, o), "linear": nn.Linear(i, o)}
+    layer, _, wavelet = name.partition(":")
+    ours = archzoo.create_layer(layer, i, o, **({"wavelet": wavelet} if wavelet else {}))
+    layers = {"ours": ours, "textbook": TEXTBOOK[name](i, o), "linear": nn.Linear(i, o)}
     if name == "kan":
         layers["gemm"] = nn.Linear(9 * i, o)  # what its weights alone cost: as many, on rows as wide
         layers["pykan"] = pykan_layer(i, o)

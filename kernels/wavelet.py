@@ -15,10 +15,8 @@ input at infinity adds nothing.
 FLOPs an edge, where exp, cos and tan count one: forward 9 ("mexican_hat"), 8 ("dog"), 10 ("morlet"), backward 17, 15
 and 26.
 
-Measured (CPU, one thread, float32, forward + backward, a shared machine: +- 30 %): beside this, the equation under
-autograd takes 4 times as long at (N, I -> O) = (1024, 64 -> 64), and 20 times at (1024, 784 -> 64), where its tensors
-leave the caches; for "morlet", 2 and 9 times. `nn.Linear` takes a 30th to a 60th, for "morlet" a 100th. With one row
-the calls of torch are what costs: 0.2 ms, twice the time of the equation.
+Measured by `python -m benchmarks kan_speed` (CPU, one thread, float32, forward + backward), whose record says how many
+times as long the equation under autograd takes. With one row the calls of torch are what costs: twice its time.
 
 Arithmetic is in float32 at least. `torch.func` transforms and gradients of gradients go through the definition in plain
 torch, which does hold (N, O, I). There is no Triton kernel yet: on a GPU the loops below are slow.

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import time
 
 import pytest
 from hypothesis import given
@@ -238,12 +237,3 @@ def test_the_option_that_the_budget_varied_is_shown(build_sizes):
     write_report(folder)
     assert "(grid_size 7)" in (folder / "report.md").read_text()
     assert "grid_size=7" in (folder / "report.csv").read_text()
-
-
-def test_a_hundred_runs_of_many_sizes_take_less_than_five_seconds(build_sizes):
-    folder = build_sizes(
-        {"kan": steep, "linear": flat}, sizes=(100, 200, 400, 800), functions=("a", "b", "c", "d", "e", "f")
-    )
-    began = time.process_time()
-    write_report(folder)
-    assert time.process_time() - began < 5
