@@ -1,4 +1,7 @@
-"""Writes the README's tables from the layers' cards and the recorded results; `--check` fails if they are stale."""
+"""Writes the tables of README.md and docs/results.md from the layers' cards and the recorded results.
+
+`--check` writes nothing, and fails if they are stale.
+"""
 
 import argparse
 import json
@@ -10,7 +13,9 @@ from typing import Any
 from archzoo.registry import card, get_layer, list_layers
 from benchmarks.record import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = {"README.md": {"layers", "digits"}, "docs/results.md": set[str]()}
+"""Where the tables are, and which each page must have."""
 
 
 def layer_table() -> str:
@@ -134,30 +139,41 @@ def comparison_table(record: dict[str, Any]) -> str:
 
 
 def render(text: str) -> str:
-    """The README with its tables as they are to be: of the layers, of the digits, and of any recorded comparison.
+    """A page with its tables as they are to be: of the layers, and of any recorded comparison.
 
     A place for a table is `<!-- NAME: python -m benchmarks readme -->`, and its end `<!-- end -->`.
     """
-    names = re.findall(r"<!-- (\S+): python -m benchmarks readme -->\n", text)
-    assert len(names) == len(set(names)), names
-    assert {"layers", "results"} <= set(names), f"README.md has no place for the table of layers or of results: {names}"
-    for name in names:
-        path = RESULTS / f"{'digits' if name == 'results' else name}.json"
-        table = layer_table() if name == "layers" else comparison_table(json.loads(path.read_text()))
+    for name in table_names(text):
+        table = layer_table() if name == "layers" else comparison_table(_load(name))
         pattern = rf"(<!-- {re.escape(name)}: python -m benchmarks readme -->\n).*?(<!-- end -->)"
         place = re.search(pattern, text, flags=re.DOTALL)
-        assert place is not None, f"README.md: the table of {name} has no end"
+        assert place is not None, f"the table of {name} has no end"
         text = f"{text[: place.end(1)]}{table}\n{text[place.start(2) :]}"
     return text
+
+
+def table_names(text: str) -> list[str]:
+    """The tables that a page has places for."""
+    return re.findall(r"<!-- (\S+): python -m benchmarks readme -->\n", text)
+
+
+def _load(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return record
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are stale")
     args = parser.parse_args(argv)
-    text = README.read_text()
-    fresh = render(text)
-    if args.check and fresh != text:
-        sys.exit("README.md is stale: run python -m benchmarks readme")
-    if not args.check:
-        README.write_text(fresh)
+    for page, needed in PAGES.items():
+        path = ROOT / page
+        text = path.read_text()
+        names = table_names(text)
+        assert needed <= set(names), f"{page} has tables {names}, and needs {needed}"
+        assert len(names) == len(set(names)), f"{page} has a table twice: {names}"
+        fresh = render(text)
+        if args.check and fresh != text:
+            sys.exit(f"{page} is stale: run python -m benchmarks readme")
+        if not args.check:
+            path.write_text(fresh)

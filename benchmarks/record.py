@@ -1,4 +1,4 @@
-"""Puts a comparison that was run into `benchmarks/results/NAME.json`, from where the README's tables are made."""
+"""Puts a comparison that was run into `benchmarks/results/NAME.json`, which the tables of our pages are made from."""
 
 import argparse
 import json

@@ -54,6 +54,10 @@ def test_the_tables_are_fresh():
     assert done.returncode == 0, done.stderr
 
 
-def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_pictures_and_links_exist(page):
+    path = REPOSITORY / page
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    assert targets
+    for target in targets:
+        assert (path.parent / target).exists(), target
