@@ -29,31 +29,47 @@ class TermGradients(NamedTuple):
     """Of q_k for every k < N; not meant for the absolute variant."""
 
 
+def _smooth(P: Tensor, P_low: Tensor | float, Q: Tensor, Q_low: Tensor | float, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and the denominator. Here and below in place where it can be: new memory is what an operation waits for."""
+    D = (Q * Q).add_(Q_low * Q_low + eps)
+    return (Q * P).add_(Q_low * P_low).div_(D), D
+
+
 def smooth(P: Tensor, P_low: Tensor | float, Q: Tensor, Q_low: Tensor | float, eps: float) -> Tensor:
     """y of the smooth variant. A constant accumulator is a float: Q_low = 1 if N = 1, P_low = 0 if M = 0."""
-    return (Q * P + Q_low * P_low) / (Q * Q + (Q_low * Q_low + eps))
+    return _smooth(P, P_low, Q, Q_low, eps)[0]
 
 
 def smooth_backward(
     dy: Tensor, P: Tensor, P_low: Tensor | float, Q: Tensor, Q_low: Tensor | float, eps: float
 ) -> TermGradients:
     """Gradients of the terms, from the accumulators that `smooth` was given."""
-    D = Q * Q + (Q_low * Q_low + eps)
+    y, D = _smooth(P, P_low, Q, Q_low, eps)
     r = dy / D
-    s = (r * 2) * ((Q * P + Q_low * P_low) / D)
-    dP, dQ = r * Q, r * P - s * Q
-    q_low = dQ + (r * P_low - s * Q_low) if isinstance(Q_low, Tensor) else dQ  # N = 1 has no lower terms
-    return TermGradients(dP, dP + r * Q_low, dQ, q_low)
+    dP = r * Q
+    dQ_low = (y * Q_low).mul_(-2).add_(P_low).mul_(r) if isinstance(Q_low, Tensor) else None
+    dQ = y.mul_(Q).mul_(-2).add_(P).mul_(r)
+    q_low = dQ if dQ_low is None else dQ_low.add_(dQ)  # N = 1 has no lower terms
+    r = r.mul_(Q_low) if isinstance(Q_low, Tensor) else r  # 1 if N = 1
+    return TermGradients(dP, r.add_(dP), dQ, q_low)
 
 
 def absolute(P: Tensor, q: Tensor) -> Tensor:
     """y of the absolute variant, from P and the terms q (N, *)."""
-    return P / (1 + q.abs().sum(0))
+    return P / _sum_of_sizes(q)
+
+
+def _sum_of_sizes(q: Tensor) -> Tensor:
+    """1 + |q_1| + ... + |q_N|."""
+    D = q[0].abs().add_(1)
+    for term in q[1:]:
+        D.add_(term.abs())
+    return D
 
 
 def absolute_backward(dy: Tensor, P: Tensor, q: Tensor) -> TermGradients:
     """Gradients of the terms, from what `absolute` was given. Like autograd's, that of |q| is 0 at q = 0."""
-    D = 1 + q.abs().sum(0)
+    D = _sum_of_sizes(q)
     dP = dy / D
-    dq = q.sign() * -(dP * (P / D))
+    dq = q.sign().mul_(D.reciprocal_().mul_(P).mul_(dP).neg_())
     return TermGradients(dP, dP, dq, dq)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.paon_linear import paon_linear
+from archzoo.layers.start import Start, check_original, fresh
 from archzoo.registry import Card, register_layer
 
 Variant = Literal["smooth", "absolute", "s", "a"]
@@ -48,7 +49,7 @@ def _reset_pade_parameters(
     numerator: Tensor | None,
     denominator: Tensor | None,
     bias: Tensor | None,
-    fan_in: int,
+    fan_in: float,
     variant: Literal["smooth", "absolute"],
     denominator_init: float | None,
 ) -> None:
@@ -61,36 +62,74 @@ def _reset_pade_parameters(
         nn.init.uniform_(numerator[0], -gain * bound, gain * bound)
     if denominator is not None:
         if denominator_init is None:
-            denominator_init = 0.0 if variant == "smooth" and M >= 1 else 0.1
+            leaves_zero = variant == "smooth" and (M >= 2 or (M == 1 and bias is not None))
+            denominator_init = 0.0 if leaves_zero else 0.1
         nn.init.uniform_(denominator, -denominator_init * bound, denominator_init * bound)
     if bias is not None:
         nn.init.uniform_(bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
-@register_layer(
-    "paon",
-    kind="linear",
-    nonlinear=True,
-    card=Card(
-        title="PAON: A New Neuron Model using Padé Approximants",
-        authors="Onur Keleş, A. Murat Tekalp",
-        year=2024,
-        arxiv="2403.11791",
-        equation=(
-            r"y = \frac{Q_N P_M + Q_{N-1} P_{M-1}}{Q_N^2 + Q_{N-1}^2}"
-            r" \text{ (smooth) or } \frac{P_M}{1 + \sum_k |V_k x^k|} \text{ (absolute)},"
-            r" \quad P_m = w_0 + \sum_{k=1}^m W_k x^k,\ Q_n = 1 + \sum_{k=1}^n V_k x^k"
-        ),
-        headline=(
-            "super-resolution: equal or better PSNR than ResNet-type networks with fewer layers and no activations"
-            " (Set5 29.96 dB, Manga109 28.28 dB in arXiv 2601.04005)"
-        ),
-        reproduced=(
-            "none of the paper's image results yet. One neuron fitted to x / (1 + x^2) on [-3, 3]: [4/0] stays at a"
-            " mean squared error of 0.012, [2/2] with as many weights goes below 0.0003 in both variants"
-        ),
+@torch.no_grad()
+def _become_affine_(
+    layer: nn.Module,
+    original: nn.Linear | nn.Conv2d,
+    degrees: tuple[int, int],
+    variant: Literal["smooth", "absolute"],
+    eps: float,
+    denominator_init: float | None,
+) -> None:
+    """Gives Padé neurons of any kind the outputs of an affine layer; see `PaonLinear.from_linear`."""
+    (M, N), dtype = degrees, original.weight.dtype
+    if M == 0:
+        raise ValueError(f"degrees={degrees}: neurons without numerator compute no affine function; use M >= 1")
+    if denominator_init is not None:
+        raise ValueError(f"denominator_init={denominator_init!r}: the start decides on the denominators; leave it out")
+    if variant == "smooth" and M == 1 and N >= 1 and original.bias is None:
+        raise ValueError(
+            f"degrees={degrees} without a bias: denominators would start, and stay, at a gradient of 0; use"
+            f" degrees=(2, {N}), variant='absolute', or give the original a bias"
+        )
+    if variant == "absolute" and N >= 1 and dtype == torch.float16:
+        raise ValueError(
+            f"dtype={dtype}: absolute denominators start at numbers too small for it; start from a layer in float32 or"
+            " bfloat16, or use variant='smooth'"
+        )
+    weight_scale = bias_scale = 1.0
+    if variant == "smooth" and N >= 1:  # every Q is 1, so that y = (P_M + P_{M-1}) / (2 + e), and P_0 = w_0
+        bias_scale = 1 + (eps / 2 if N >= 2 else 0.0)
+        weight_scale = 2 * bias_scale if M == 1 else bias_scale
+    numerator = layer.get_parameter("numerator").zero_()
+    numerator[0] = original.weight * weight_scale
+    if original.bias is not None:
+        layer.get_parameter("bias").copy_(original.bias * bias_scale)
+    if N >= 1:
+        # |q| has no gradient at 0, and one of size 1 however near: 1 + |q| is 1 at any |x^k| < 1e15, in any dtype.
+        bound = 0.0 if variant == "smooth" else 1e-25 * math.sqrt(3 / original.weight[0].numel())
+        nn.init.uniform_(layer.get_parameter("denominator"), -bound, bound)
+
+
+_CARD = Card(
+    title="PAON: A New Neuron Model using Padé Approximants",
+    authors="Onur Keleş, A. Murat Tekalp",
+    year=2024,
+    arxiv="2403.11791",
+    equation=(
+        r"y = \frac{Q_N P_M + Q_{N-1} P_{M-1}}{Q_N^2 + Q_{N-1}^2}"
+        r" \text{ (smooth) or } \frac{P_M}{1 + \sum_k |V_k x^k|} \text{ (absolute)},"
+        r" \quad P_m = w_0 + \sum_{k=1}^m W_k x^k,\ Q_n = 1 + \sum_{k=1}^n V_k x^k"
+    ),
+    headline=(
+        "super-resolution: equal or better PSNR than ResNet-type networks with fewer layers and no activations"
+        " (Set5 29.96 dB, Manga109 28.28 dB in arXiv 2601.04005)"
+    ),
+    reproduced=(
+        "none of the paper's image results yet. One neuron fitted to x / (1 + x^2) on [-3, 3]: [4/0] stays at a"
+        " mean squared error of 0.012, [2/2] with as many weights goes below 0.0003 in both variants"
     ),
 )
+
+
+@register_layer("paon", kind="linear", nonlinear=True, card=_CARD)
 class PaonLinear(nn.Module):
     r"""Padé neurons of degrees [M/N]: each output is a rational function of the inputs, with M + N weights per input.
 
@@ -116,8 +155,8 @@ class PaonLinear(nn.Module):
         degrees: (M, N), the degrees of numerator and denominator.
         variant: "smooth" or "absolute"; "s" and "a" for short.
         eps: Keeps the smooth denominator from 0 where Q_N = Q_{N-1} = 0, which N >= 2 allows; N = 1 does not use it.
-        denominator_init: d above. None is 0 for smooth with M >= 1, and 0.1 for the others, whose denominators would
-            get no gradient at 0 and never train (the published code's never do).
+        denominator_init: d above. None is 0 for smooth with M >= 2, or with M = 1 and a bias, and 0.1 for the others,
+            whose denominators would get no gradient at 0 and never train (the published code's never do).
 
     Attributes:
         numerator: W (M, out, in), degree k at index k - 1; None if M = 0.
@@ -170,6 +209,37 @@ class PaonLinear(nn.Module):
         _reset_pade_parameters(
             self.numerator, self.denominator, self.bias, self.in_features, self.variant, self.denominator_init
         )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Start["PaonLinear"]:
+        """Neurons that compute, at first, what a trained linear layer computes; exact, with an error of 0.0.
+
+        Sets `numerator[0]` to the weight, times 2 for smooth [1/N >= 1], and `bias` to the bias, both times 1 + eps / 2
+        for smooth N >= 2; higher degrees to 0. Smooth denominators start at 0, which they leave by the first step, or
+        by the second if M = 1 and the bias is 0 everywhere. Absolute ones start within
+        1e-25 of 0, where they change no output and have the gradient that they have anywhere; float16, and so autocast
+        to it, rounds them to 0, where they have none: train the first step without it.
+
+        Args:
+            linear: The original.
+            options: `degrees`, `variant`, `eps`.
+
+        Raises:
+            TypeError: If the original is no `nn.Linear`.
+            ValueError: If M = 0; for smooth [1/N >= 1] without a bias, whose denominators would never train; for
+                absolute denominators in float16; if `denominator_init` is given.
+
+        >>> import torch
+        >>> linear = torch.nn.Linear(64, 32)
+        >>> layer, error = PaonLinear.from_linear(linear, degrees=(2, 2), variant="absolute")
+        >>> x = torch.randn(8, 64)
+        >>> torch.allclose(layer(x), linear(x), atol=1e-5)
+        True
+        """
+        check_original(linear, nn.Linear)
+        layer = fresh(cls, linear, **options)
+        _become_affine_(layer, linear, layer.degrees, layer.variant, layer.eps, layer.denominator_init)
+        return Start(layer, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Padé neurons of x (*, in) -> (*, out)."""

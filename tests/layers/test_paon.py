@@ -1,5 +1,6 @@
 """Facts of the Padé neurons' linear layer; what every layer owes is in `test_contract.py`."""
 
+import copy
 import math
 import re
 
@@ -234,6 +235,13 @@ def test_denominator_starts_at_zero_only_where_it_can_leave_it(degrees, variant,
             assert torch.equal(V, torch.zeros(200, 300))
 
 
+@pytest.mark.parametrize(("degrees", "factor"), [((1, 1), 0.1), ((1, 3), 0.1), ((2, 1), 0.0), ((3, 3), 0.0)], ids=str)
+def test_without_a_bias_smooth_denominators_start_at_zero_from_numerators_of_degree_2_only(degrees, factor):
+    """With M = 1, P_{M-1} would be 0 everywhere, and with it the gradient of V at 0."""
+    layer = PaonLinear(300, 200, bias=False, degrees=degrees)
+    assert math.isclose(layer.denominator.abs().max().item(), factor * math.sqrt(3 / 300), rel_tol=1e-2)
+
+
 @every_variant
 @pytest.mark.parametrize("degrees", [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3)], ids=str)
 @pytest.mark.parametrize("sizes", [(784, 16), (64, 256)], ids=str)
@@ -260,6 +268,105 @@ def test_smooth_denominators_leave_zero(degrees):
     x, dy = standard_normal(32, 8), standard_normal(32, 4)
     gradient = layer_value_and_grads(PaonLinear(8, 4, degrees=degrees), x, dy)["denominator"]
     assert all(rms(g) > 1e-2 for g in gradient)
+
+
+def moved_denominators(layer, x, steps=3, rate=1e-2):
+    """How far each degree's weights have moved, by root mean square and in units of the rate."""
+    before = layer.denominator.detach().clone()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=rate)
+    target = standard_normal(*layer(x).shape, dtype=x.dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(layer(x), target).backward()
+        optimizer.step()
+    return [rms(after - V) / rate for after, V in zip(layer.denominator, before, strict=True)]
+
+
+EVERY_DENOMINATOR = [(M, N, bias) for M in range(4) for N in range(1, 4) for bias in (True, False) if M or bias]
+
+
+@every_variant
+@pytest.mark.parametrize(("M", "N", "bias"), EVERY_DENOMINATOR)
+def test_every_denominator_trains_from_the_default_start(M, N, bias, variant):
+    layer = PaonLinear(8, 4, bias, degrees=(M, N), variant=variant)
+    assert min(moved_denominators(layer, standard_normal(64, 8))) > 0.5
+
+
+# --- Function-preserving start ----------------------------------------------------------------------------------------
+
+
+DTYPES = {torch.float64: 4e-16, torch.float32: 2e-7, torch.bfloat16: 4e-3}
+"""Error of an output rounded once or twice."""
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("degrees", [(1, 0), (3, 0), (1, 1), (1, 3), (2, 1), (2, 2), (3, 3)], ids=str)
+def test_start_computes_the_linear_layer_to_rounding_and_trains(degrees, dtype, variant):
+    linear = nn.Linear(24, 12, dtype=dtype).eval()
+    layer, error = PaonLinear.from_linear(linear, degrees=degrees, variant=variant)
+    assert error == 0.0
+    assert (layer.degrees, layer.variant, layer.training) == (degrees, variant, False)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    exact = copy.deepcopy(linear).double()
+    for scale in (1e-3, 1.0, 100.0):
+        x = scale * standard_normal(50, 24, dtype=dtype)
+        assert rms_error(layer(x), exact(x.double())) < DTYPES[dtype]
+    if degrees[1]:
+        assert min(moved_denominators(layer, standard_normal(64, 24, dtype=dtype))) > 0.5
+
+
+def test_a_large_eps_is_worked_into_the_start():
+    linear = nn.Linear(24, 12, dtype=torch.float64)
+    x = standard_normal(50, 24, dtype=torch.float64)
+    for degrees in ((1, 2), (2, 2), (3, 3)):
+        layer, _ = PaonLinear.from_linear(linear, degrees=degrees, eps=0.5)
+        assert rms_error(layer(x), linear(x)) < 1e-15
+
+
+@every_variant
+def test_start_without_a_bias(variant):
+    linear, x = nn.Linear(24, 12, bias=False), standard_normal(50, 24)
+    layer, error = PaonLinear.from_linear(linear, degrees=(2, 2), variant=variant)
+    assert (layer.bias, error) == (None, 0.0)
+    assert rms_error(layer(x), linear(x)) < 2e-7
+    assert min(moved_denominators(layer, x)) > 0.5
+
+
+@every_variant
+@pytest.mark.parametrize("degrees", [(1, 1), (1, 2), (2, 2)], ids=str)
+def test_start_from_a_zero_bias_trains(degrees, variant):
+    """For smooth [1/N] the bias leaves 0 by the first step, and the denominators by the second."""
+    linear = nn.Linear(24, 12)
+    nn.init.zeros_(linear.bias)
+    layer, _ = PaonLinear.from_linear(linear, degrees=degrees, variant=variant)
+    assert min(moved_denominators(layer, standard_normal(64, 24))) > 0.5
+
+
+def test_absolute_start_survives_a_cast_of_the_layer():
+    layer, _ = PaonLinear.from_linear(nn.Linear(24, 12, dtype=torch.float64), degrees=(2, 3), variant="absolute")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert min(moved_denominators(layer.to(dtype), standard_normal(64, 24, dtype=dtype), steps=1)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("bias", "dtype", "options", "message"),
+    [
+        (True, None, {"degrees": (0, 2)}, "degrees=(0, 2): neurons without numerator"),
+        (False, None, {"degrees": (1, 1)}, "use degrees=(2, 1), variant='absolute', or give the original a bias"),
+        (False, None, {"degrees": (1, 3)}, "use degrees=(2, 3), variant='absolute', or give the original a bias"),
+        (True, None, {"denominator_init": 0.1}, "denominator_init=0.1"),
+        (True, torch.float16, {"variant": "a"}, "dtype=torch.float16"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(bias, dtype, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PaonLinear.from_linear(nn.Linear(4, 3, bias, dtype=dtype), **options)
+
+
+def test_start_from_something_else_is_refused():
+    with pytest.raises(TypeError, match="Conv2d is not an nn.Linear"):
+        PaonLinear.from_linear(nn.Conv2d(3, 4, 1))
 
 
 # --- What it can do ---------------------------------------------------------------------------------------------------
