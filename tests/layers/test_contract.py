@@ -681,7 +681,8 @@ def test_autocast_follows_the_usual_layer_eager_and_compiled(case):
 
     got = under_autocast(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert got["y"].dtype == usual(x).dtype
+        # A mixer may hold its residual stream, and then keeps x's dtype, as x + f(x) does.
+        assert got["y"].dtype in {usual(x).dtype, *([x.dtype] if case.entry.kind == "mixer" else [])}
         assert layer(x[:0]).dtype == got["y"].dtype
     for name, tensor in got.items():
         if name != "y":

@@ -315,6 +315,145 @@ def test_repr_names_the_rule():
     assert "rule='given'" in repr(PHMLinear(8, 8, rule=torch.ones(4, 4, 4)))
 
 
+# --- From nn.Linear ---------------------------------------------------------------------------------------------------
+
+
+# Learned, and of low rank: what the turns find is a local minimum. Given the rule, or with mixing, it is the nearest.
+EXACT = [o for o in EVERY_KIND if o != {"n": 4, "rank": 1}] + [{"n": 4, "rule": "quaternion", "rank": 1}]
+
+
+@pytest.mark.parametrize("options", EXACT, ids=str)
+def test_a_start_is_exact_on_weights_that_are_such_sums(options):
+    source = PHMLinear(32, 48, **options, dtype=torch.float64)
+    linear = nn.Linear(32, 48, dtype=torch.float64).eval()
+    linear.weight.data, linear.bias.data = source.weight.detach(), source.bias.detach()
+    layer, error = PHMLinear.from_linear(linear, **options)
+    assert error < 1e-12
+    assert not layer.training
+    x = torch.randn(5, 32, dtype=torch.float64)
+    assert rms_error(layer(x), linear(x)) < 1e-12
+    with torch.no_grad():
+        layer.bias += 1
+        if layer.S is not None:
+            layer.S += 1
+    assert torch.equal(linear.bias, source.bias), "the start shares memory with the original"
+
+
+@pytest.mark.parametrize("rule", ["learned", "real", "mixing"])
+def test_a_start_of_n_1_has_no_error(rule):
+    linear = nn.Linear(7, 5)
+    layer, error = PHMLinear.from_linear(linear, n=1, rule=rule)
+    assert error == 0.0
+    x = torch.randn(50, 7)
+    assert rms_error(layer(x), linear(x)) < 1e-6
+
+
+@pytest.mark.parametrize("options", EVERY_KIND, ids=str)
+def test_error_of_a_start_is_what_standard_normal_inputs_show(options):
+    linear = nn.Linear(32, 48, bias=False, dtype=torch.float64)
+    layer, error = PHMLinear.from_linear(linear, **options)
+    x = torch.randn(20_000, 32, dtype=torch.float64)
+    assert rms_error(layer(x), linear(x)) == pytest.approx(error, rel=0.02, abs=1e-14)
+    assert rms_error(layer.weight, linear.weight) == pytest.approx(error, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("options", EVERY_KIND, ids=str)
+def test_gradient_descent_does_not_lower_the_error_of_a_start(options):
+    """It begins where the gradient of the error is 0 (nearly so with a rank), for all that is the layer's to choose."""
+    linear = nn.Linear(32, 48, dtype=torch.float64)
+    layer, error = PHMLinear.from_linear(linear, **options)
+    chosen = [
+        p for name, p in layer.named_parameters() if name != "bias" and not (name == "A" and "learn_rule" in options)
+    ]
+    optimizer = torch.optim.Adam(chosen, lr=1e-4)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (layer.weight - linear.weight).square().sum().backward()
+        optimizer.step()
+    after = rms_error(layer.weight, linear.weight)
+    assert after > error * (1 - (0.01 if "rank" in options and layer.rank < 8 else 1e-9)) - 1e-12
+
+
+@pytest.mark.parametrize("options", [{"n": 2}, {"n": 4}, {"n": 4, "rule": "mixing"}, {"n": 4, "rank": 2}], ids=str)
+def test_no_random_restart_beats_a_start(options):
+    linear = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+    _, error = PHMLinear.from_linear(linear, **options)
+    errors = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layer = PHMLinear(16, 16, bias=False, dtype=torch.float64, **options)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (layer.weight - linear.weight).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        errors.append(rms_error(layer.weight, linear.weight))
+    assert min(errors) > error * (0.98 if "rank" in options else 1 - 1e-6)
+    assert min(errors) < error * 1.05, "the restarts are no test: they come nowhere near"
+
+
+def test_a_chosen_rule_keeps_the_size_it_has_at_init():
+    linear = nn.Linear(32, 48)
+    assert PHMLinear.from_linear(linear).layer.A.square().sum(0).mean().item() == pytest.approx(1, rel=1e-5)
+    low = PHMLinear.from_linear(linear, rank=2).layer
+    assert low.A.square().sum(0).mean().item() == pytest.approx(1, rel=1e-5)
+    mixing = PHMLinear.from_linear(linear, rule="mixing").layer
+    assert mixing.A.square().mean().item() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", EVERY_KIND, ids=str)
+@pytest.mark.parametrize("zeros", ["one block", "all"])
+def test_nothing_of_a_start_is_stuck_at_zero(options, zeros):
+    """Even where the original holds zeros, in two steps every element of every parameter has moved."""
+    linear = nn.Linear(32, 48, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight[: 48 if zeros == "all" else 3].zero_()
+    layer, _ = PHMLinear.from_linear(linear, **options)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(64, 32, dtype=torch.float64)
+        (layer(x) - torch.randn(64, 48, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    for name, p in layer.named_parameters():
+        moved = (p.detach() != before[name]).double().mean()
+        assert moved > 0.99, f"{name}: {moved:.0%} moved"
+
+
+def test_a_given_rule_of_a_start_is_left_alone():
+    rule = nn.Parameter(torch.randn(4, 4, 4))
+    before, linear = rule.detach().clone(), nn.Linear(16, 16)
+    layer, error = PHMLinear.from_linear(linear, rule=rule)
+    assert layer.A is rule
+    assert torch.equal(rule, before)
+    assert PHMLinear.from_linear(linear).error < error < 1
+    poor, error = PHMLinear.from_linear(linear, rule=torch.zeros(4, 4, 4))
+    assert error == 1.0
+    assert torch.equal(poor.A, torch.zeros(4, 4, 4))
+    started, _ = PHMLinear.from_linear(linear, rule="quaternion", learn_rule=True)
+    assert started.A.tolist() == QUATERNION
+
+
+def test_a_start_has_the_originals_dtype_and_refuses_what_it_cannot_use():
+    half = nn.Linear(8, 8, dtype=torch.bfloat16)
+    layer, error = PHMLinear.from_linear(half, n=1)
+    assert layer.S.dtype == torch.bfloat16
+    assert error == 0.0
+    with pytest.raises(TypeError, match=r"Conv2d is not an nn\.Linear"):
+        PHMLinear.from_linear(nn.Conv2d(8, 8, 1))
+    with pytest.raises(ValueError, match=r"in_features=10: must be a multiple of n=4; .* 1, 2, 5, 10"):
+        PHMLinear.from_linear(nn.Linear(10, 20))
+    with pytest.raises(TypeError, match="no argument runk=2; did you mean 'rank'"):
+        PHMLinear.from_linear(nn.Linear(8, 8), runk=2)
+    with torch.no_grad():
+        half.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="holds inf or NaN"):
+        PHMLinear.from_linear(half)
+
+
 # --- Precision and autocast -------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,156 @@
+r"""Softmax attention, $y = \mathrm{softmax}(q k^T / \sqrt D)\, v$, from q, k, v (B, H, L, D).
+
+It is torch's `scaled_dot_product_attention`. On a CPU torch's fused kernel cannot be differentiated twice, and nobody
+counts its FLOPs; the op here runs that same kernel, and has both. It keeps q, k, v, y and one number a row: memory is
+linear in L, where softmax written out keeps L^2 weights a head. A GPU, or dropout, takes torch's function as it is.
+
+In multiply-adds, with B, H and L^2 D left out: forward 2, backward 5, for the weights are computed again. A causal mask
+saves half of them, which is not counted.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.kernels._op import (
+    autocast_dtype,
+    compute_dtype,
+    differentiable_gradients,
+    flop_formula,
+    under_transform,
+    without_autocast,
+)
+
+aten = torch.ops.aten
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """The definition. q (B, H, L, D), k and v (B, H, M, D) -> (B, H, L, D)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if causal:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~past, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+@torch.library.custom_op("archzoo::attention", mutates_args=())
+@without_autocast
+def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """y (B, L, H, D), contiguous, and the logarithms of the sums of exponentials (B, L, H)."""
+    if q.numel() == 0 or k.numel() == 0:  # which the kernel does not take; a sum over no keys is 0
+        B, H, L, D = q.shape
+        return q.new_zeros(B, L, H, D), q.new_zeros(B, L, H, dtype=compute_dtype(q))
+    y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return y.transpose(1, 2).contiguous(), sums.transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op("archzoo::attention_backward", mutates_args=())
+@without_autocast
+def attention_backward_op(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, of dy (B, L, H, D)."""
+    if q.numel() == 0 or k.numel() == 0:
+        return _zeros(q), _zeros(k), _zeros(v)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dy.transpose(1, 2), q, k, v, y.transpose(1, 2), sums.transpose(1, 2), 0.0, causal
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    B, H, L, D = q.shape
+    return q.new_empty(B, L, H, D), q.new_empty(B, L, H, dtype=compute_dtype(q))
+
+
+@attention_backward_op.register_fake
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _zeros(q), _zeros(k), _zeros(v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, ctx.causal = inputs
+    ctx.save_for_backward(*qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, dsums: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, y, sums = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # create_graph=True
+
+        def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention_reference(q, k, v, ctx.causal).transpose(1, 2)
+
+        return *differentiable_gradients(definition, dy, (q, k, v), needed), None
+    gradients = attention_backward_op(dy, q, k, v, y, sums, ctx.causal)
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None
+
+
+attention_op.register_autograd(_gradients, setup_context=_setup)
+
+
+@flop_formula(torch.ops.archzoo.attention)
+def _flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    B, H, L, D = q
+    return int(4 * B * H * L * k[2] * D)
+
+
+@flop_formula(torch.ops.archzoo.attention_backward)
+def _backward_flops(dy: Any, q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    return _flops(q, k) // 2 * 5
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of every head, differentiable.
+
+    Args:
+        q: (B, H, L, D), real floating point.
+        k: (B, H, M, D).
+        v: As k.
+        causal: Whether a position sees itself and those before it only; then M = L.
+        dropout: Probability that a weight is dropped; what remains is scaled up.
+
+    Returns:
+        y (B, H, L, D) in the dtype of q; under autocast in autocast's.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    (*rows, L, D), M = q.shape, k.shape[-2]
+    if q.dim() != 4 or k.shape != (*rows, M, D) or v.shape != k.shape or (causal and M != L):
+        raise ValueError(
+            f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: must be (B, H, L, D), "
+            "(B, H, M, D) twice, and M = L if causal=True"
+        )
+    q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
+    if q.is_cuda or dropout:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    if under_transform():
+        return attention_reference(q, k, v, causal)
+    return attention_op(q, k, v, causal)[0].transpose(1, 2)
+
+
+def self_attention(qkv: Tensor, heads: int, *, causal: bool = False, dropout: float = 0.0) -> Tensor:
+    """Attention of a sequence on itself, its heads side by side.
+
+    Args:
+        qkv: (B, L, 3 E): the queries of all heads, then the keys, then the values. `heads` divides E.
+        heads: Number H of heads.
+        causal: As in `attention`.
+        dropout: As in `attention`.
+
+    Returns:
+        y (B, L, E).
+    """
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention(q, k, v, causal=causal, dropout=dropout).transpose(1, 2).flatten(-2)
