@@ -17,6 +17,7 @@ Arithmetic is in float32 at least. Under `torch.func` transforms, and for gradie
 torch takes the op's place, and holds (B, O, I). There is no Triton kernel yet: on a GPU the loops below are slow.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -28,11 +29,13 @@ from archzoo.kernels._op import (
     compute_dtype,
     differentiable_gradients,
     flop_formula,
+    plain_eager,
     under_transform,
     without_autocast,
 )
 
 _SMALL = 2**16  # factors, B O I, up to which all of them are held at once
+_FEW = 3  # factors up to which a small problem has no op
 _BLOCK = 2**20  # bytes of a temporary; about one core's L2 cache
 _TILE = 2**15  # elements of (B, O): longer runs gain nothing and leave L2 earlier
 
@@ -47,7 +50,8 @@ def _plain(x: Tensor, w: Tensor) -> Tensor:
     t = x[..., None, :] * w + (1 - w)
     while t.shape[-1] > 1:
         half = t.shape[-1] // 2
-        t = torch.cat([t[..., :half] * t[..., half : 2 * half], t[..., 2 * half :]], -1)
+        pairs = t[..., :half] * t[..., half : 2 * half]
+        t = pairs if t.shape[-1] == 2 * half else torch.cat([pairs, t[..., 2 * half :]], -1)
     return t[..., 0]
 
 
@@ -111,9 +115,8 @@ def _factors(x: Tensor, w: Tensor, axes: tuple[int, int], out: Tensor) -> Tensor
     return torch.addcmul(1 - w, x.unsqueeze(axes[1]), w, out=out)
 
 
-@torch.library.custom_op("archzoo::nmu_product", mutates_args=())
 @without_autocast
-def nmu_product_op(x: Tensor, w: Tensor) -> Tensor:
+def _forward(x: Tensor, w: Tensor) -> Tensor:
     """y (B, O) of x (B, I) and w (O, I), in x's dtype."""
     wide = compute_dtype(x, w)
     if _is_small(x, w):
@@ -133,29 +136,54 @@ def nmu_product_op(x: Tensor, w: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("archzoo::nmu_product_backward", mutates_args=())
 @without_autocast
-def nmu_product_backward_op(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     """dx and dw. What is not needed is not computed, and comes back with no elements."""
     wide = compute_dtype(x, w)
+    if _is_small(x, w):
+        return _small_backward(dy.to(wide), x, w, need_x, need_w, wide)
     dx, dw = _gradient(x, need_x, wide), _gradient(w, need_w, wide)
-    (_small_backward if _is_small(x, w) else _tiled_backward)(dy, x, w, dx, dw)
+    _tiled_backward(dy, x, w, dx, dw)
     return dx.to(x.dtype), dw.to(w.dtype)
+
+
+nmu_product_op = torch.library.custom_op("archzoo::nmu_product", mutates_args=())(_forward)
+nmu_product_backward_op = torch.library.custom_op("archzoo::nmu_product_backward", mutates_args=())(_backward)
 
 
 def _gradient(like: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
     return torch.zeros(like.shape if needed else (0, 0), dtype=dtype, device=like.device)
 
 
-def _small_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> None:
-    x, w, dy = x.to(dx.dtype), w.to(dx.dtype), dy.to(dx.dtype)
-    t = torch.addcmul(1 - w, x[:, None], w)  # (b, o, i)
+def _may_divide(x: Tensor, w: Tensor, count: int, powers: float) -> bool:
+    """Whether all factors are positive, and no product of so many of them leaves 2^-powers ... 2^powers.
+
+    A factor w x + 1 - w is linear in w and in x: the least and the largest are at ends of their ranges.
+    """
+    if x.is_cuda or not x.numel():  # on a GPU, to ask would be to wait
+        return False
+    ends = [[end.item() for end in t.aminmax()] for t in (x, w)]
+    corners = [1 - b + a * b for a in ends[0] for b in ends[1]]
+    return min(corners) > 2 ** (-powers / count) and max(corners) < 2 ** (powers / count)
+
+
+def _others(x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
+    """dy (b, o, 1) times the product of all factors but one, for x (b, 1, i) and w (o, i)."""
+    t = torch.addcmul(1 - w, x, w)
+    if _may_divide(x, w, w.shape[1], -0.75 * math.log2(torch.finfo(t.dtype).tiny)):
+        return (t.prod(-1, keepdim=True) * dy).div(t)
     e = torch.cat([torch.ones_like(t[..., :1]), t[..., :-1]], -1).cumprod(-1)
-    e.mul_(torch.cat([dy[..., None], t[..., 1:].flip(-1)], -1).cumprod(-1).flip(-1))
-    if dx.numel():
-        dx.copy_((e * w).sum(1))
-    if dw.numel():
-        dw.copy_(e.mul_((x - 1)[:, None]).sum(0))
+    return e.mul_(torch.cat([dy, t[..., 1:].flip(-1)], -1).cumprod(-1).flip(-1))
+
+
+def _small_backward(
+    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x_wide, w_wide = x.to(wide)[:, None], w.to(wide)
+    e = _others(x_wide, w_wide, dy[..., None])
+    dx = (e * w_wide).sum(1).to(x.dtype) if need_x else _gradient(x, False, x.dtype)
+    dw = e.mul_(x_wide - 1).sum(0).to(w.dtype) if need_w else _gradient(w, False, w.dtype)
+    return dx, dw
 
 
 def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> None:
@@ -164,6 +192,7 @@ def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) ->
     t_memory, e_memory, marks_memory = (
         _memory(depth, _orient(dy[tiles[0]], axes), wide) for depth in (chunks[0].stop, chunks[0].stop, len(chunks))
     )
+    may_divide = _may_divide(x, w, chunks[0].stop, 24.0)
     for b, o in tiles:
         tile = _orient(dy[b, o], axes)
         behind = torch.empty(tile.shape, dtype=wide, device=x.device).copy_(tile)  # dy and the factors behind
@@ -176,13 +205,19 @@ def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) ->
         for n, c in reversed(list(enumerate(chunks))):
             x_chunk, w_chunk = _chunk(x[b, c], wide), _chunk(w[o, c], wide)
             t, e = (_part(memory, c.stop - c.start, tile) for memory in (t_memory, e_memory))
-            ts, es = _factors(x_chunk, w_chunk, axes, t).unbind(), e.unbind()
-            es[0].copy_(marks[n])
-            for i in range(1, len(ts)):
-                torch.mul(es[i - 1], ts[i - 1], out=es[i])
-            for i in reversed(range(len(ts))):
-                es[i].mul_(behind)
-                behind.mul_(ts[i])
+            _factors(x_chunk, w_chunk, axes, t)
+            if may_divide:
+                own = t.prod(0)
+                torch.div(marks[n].mul_(own).mul_(behind), t, out=e)
+                behind.mul_(own)
+            else:
+                ts, es = t.unbind(), e.unbind()
+                es[0].copy_(marks[n])
+                for i in range(1, len(ts)):
+                    torch.mul(es[i - 1], ts[i - 1], out=es[i])
+                for i in reversed(range(len(ts))):
+                    es[i].mul_(behind)
+                    behind.mul_(ts[i])
             if dx.numel():
                 dx[b, c] += torch.mul(e, w_chunk.unsqueeze(axes[0]), out=t).sum(axes[1]).t()
             if dw.numel():
@@ -206,7 +241,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True
         return tuple(differentiable_gradients(_wide_plain, dy, ctx.saved_tensors, ctx.needs_input_grad))
-    found = nmu_product_backward_op(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+    backward = _backward if plain_eager(dy) else nmu_product_backward_op
+    found = backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
     return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 
@@ -215,7 +251,29 @@ def _wide_plain(x: Tensor, w: Tensor) -> Tensor:
     return _plain(x.to(wide), w.to(wide)).to(x.dtype)
 
 
+def _few(x: Tensor, w: Tensor) -> Tensor:
+    """The product, factor by factor: for a few of them torch's own gradient is the fastest, and takes no quotients."""
+    dtype, wide = x.dtype, compute_dtype(x, w)
+    if not dtype == w.dtype == wide:
+        x, w = x.to(wide), w.to(wide)
+    y = functools.reduce(torch.mul, torch.addcmul(1 - w, x.unsqueeze(-2), w).unbind(-1))
+    return y if dtype == wide else y.to(dtype)
+
+
 nmu_product_op.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The op, where nothing needs to see it as one: half the time of a small problem would go to the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _forward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy)
 
 
 @flop_formula(torch.ops.archzoo.nmu_product)
@@ -252,6 +310,9 @@ def nmu_product(x: Tensor, w: Tensor) -> Tensor:
         )
     if under_transform():
         y = _wide_plain(x, w)
+    elif features <= _FEW and x.numel() * outputs <= _SMALL and plain_eager(x):
+        y = _few(x, w)
     else:
-        y = nmu_product_op(x.reshape(-1, features), w).view(*x.shape[:-1], outputs)
+        op = _Eager.apply if plain_eager(x) else nmu_product_op
+        y = op(x.reshape(-1, features), w).view(*x.shape[:-1], outputs)
     return y.to(autocast_dtype(x))

@@ -28,7 +28,7 @@ class TaskFigure:
     """Ends of Wilson's 95 % interval of a success rate."""
     successes: int | None = None
     count: int = 0
-    """Number of runs that the value is of."""
+    """Number of runs that the value is of; of a success rate, of seeds where a run trains several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,17 +309,24 @@ def _median(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | N
 
 
 def _task_figures(group: Contestant) -> dict[str, TaskFigure]:
-    """`success` as a rate over the runs that ended, where a divergence is no success; medians of all other figures."""
+    """`success` as a rate over the runs that ended, where a divergence is no success; medians of all other figures.
+
+    A run that trains several seeds says of how many (`seeds`) how many succeeded (`successes`), and counts as so many.
+    What only qualifies another figure, as the ends of its interval within a run, is left out.
+    """
     ended = [run for run in group.runs if run.status in ("done", "diverged")]
     figures = {}
-    for name in sorted(
-        {name for run in ended for name in run.task_summary}, key=lambda name: (name != "success", name)
-    ):
+    names = {name for run in ended for name in run.task_summary}
+    names -= {"successes", "seeds"} if "success" in names else set()
+    names -= {f"{name}_{end}" for name in names for end in ("low", "high")}
+    for name in sorted(names, key=lambda name: (name != "success", name)):
         values = [run.task_summary[name] for run in ended if name in run.task_summary]
         if name == "success":
-            successes = sum(value >= 0.5 for value in values)
-            low, high = wilson(successes, len(ended))
-            figures[name] = TaskFigure(name, successes / len(ended), low, high, successes, len(ended))
+            summaries = [run.task_summary for run in ended]
+            successes = sum(int(s.get("successes", s.get(name, 0.0) >= 0.5)) for s in summaries)
+            count = sum(int(s.get("seeds", 1)) for s in summaries)
+            low, high = wilson(successes, count)
+            figures[name] = TaskFigure(name, successes / count, low, high, successes, count)
         else:
             figures[name] = TaskFigure(name, statistics.median(values), count=len(values))
     return figures

@@ -502,8 +502,8 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         )
     if any("success" in row.figures for row in rows):
         lines.append(
-            "Success rates are over the runs that ended, where a diverged run is no success; intervals are Wilson's, "
-            "95 %."
+            "Success rates are over the runs that ended, where a diverged run is no success, and over the seeds of "
+            "runs that train several; intervals are Wilson's, 95 %."
         )
     others = sorted({name for row in rows for name in row.figures if name != "success"})
     if others:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from archzoo.tasks.options import choice, number, whole_number
+from archzoo.tasks.seeds import seed_metrics, sparsity_error, successes, summed_errors
 from archzoo.tasks.split import SPLIT_SEED
 from archzoo.tasks.task import RegressionTask, TensorSplit, register_task
 
@@ -76,23 +77,29 @@ class Uniform:
         """The first `count` samples of a block, (count, inputs) float32."""
         # Philox makes any place of its sequence at the same cost; RandomState, for NumPy promises never to change it.
         rng = np.random.RandomState(np.random.Philox(key=self.key, counter=block << 64))
+        position = rng.random_sample((count, self.inputs))
+        if len(self.intervals) == 1:
+            ((low, high),) = self.intervals
+            return (position * (high - low) + low).astype(np.float32)
         low, high = self.intervals.T
         ends = np.cumsum(high - low)
-        position = rng.random_sample((count, self.inputs)) * ends[-1]
-        if len(ends) > 1:
-            which = np.searchsorted(ends[:-1], position, side="right")
-            return (position + (high - ends)[which]).astype(np.float32)
-        return (position + low).astype(np.float32)
+        position *= ends[-1]
+        which = np.searchsorted(ends[:-1], position, side="right")
+        return (position + (high - ends)[which]).astype(np.float32)
 
 
 class SampleStream(Dataset[tuple[Tensor, Tensor]]):
     """Endless fresh samples. Sample i depends on the seed and on i alone, whoever asks for it and in whatever batch.
 
     Meant to be read in order, as the block that was read last is kept.
+
+    Args:
+        formulas: The formula of each seed. With several, sample i holds that of each, on an axis of its own.
+        draws: The inputs of each.
     """
 
-    def __init__(self, formula: Formula, draw: Uniform):
-        self.formula, self.draw = formula, draw
+    def __init__(self, formulas: Sequence[Formula], draws: Sequence[Uniform]):
+        self.formulas, self.draws = list(formulas), list(draws)
         self._number = -1
         self._block = torch.empty(0), torch.empty(0)
 
@@ -105,7 +112,8 @@ class SampleStream(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         if not len(indices):
-            return torch.empty(0, self.draw.inputs), torch.empty(0, 1)
+            inputs, targets = self._get(max(self._number, 0))
+            return inputs[:0], targets[:0]
         order = np.asarray(indices, dtype=np.int64)
         if order.min() < 0 or order.max() >= STREAM_LENGTH:
             raise IndexError(f"samples are numbered from 0 to {STREAM_LENGTH - 1}")
@@ -113,13 +121,22 @@ class SampleStream(Dataset[tuple[Tensor, Tensor]]):
         starts = np.flatnonzero(np.diff(blocks, prepend=-1))
         parts = []
         for block, rows in zip(blocks[starts], np.split(places, starts[1:]), strict=True):
+            first, last = int(rows[0]), int(rows[-1]) + 1
             inputs, targets = self._get(int(block))
-            parts.append((inputs[rows], targets[rows]))
+            if np.array_equal(rows, np.arange(first, last)):  # in order: a memcpy is faster than a gather
+                parts.append((inputs[first:last].clone(), targets[first:last].clone()))
+            else:
+                parts.append((inputs[rows], targets[rows]))
         return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts]))
 
     def _get(self, number: int) -> tuple[Tensor, Tensor]:
         if number != self._number:
-            self._block, self._number = _samples(self.formula, self.draw(BLOCK, number)), number
+            drawn = [_samples(f, draw(BLOCK, number)) for f, draw in zip(self.formulas, self.draws, strict=True)]
+            if len(drawn) == 1:
+                self._block = drawn[0]
+            else:
+                self._block = torch.stack([x for x, _ in drawn], 1), torch.stack([t for _, t in drawn], 1)
+            self._number = number
         return self._block
 
 
@@ -143,11 +160,15 @@ class Arithmetic(RegressionTask):
         train_range: Bounds of the training inputs, [low, high], or several such pairs, for a union of intervals.
         test_range: Bounds of the test inputs, likewise.
         eval_size: Samples to validate on, and others to test on.
+        seeds: Seeds that one run trains, side by side in one model: the run's and those behind it. Each has the samples
+            and the place of the runs that it has as a run of its own, and is judged alone.
         data_dir: Not needed.
         seed: Seed of the training samples and of the place of the runs.
 
     Attributes:
-        threshold: Mean squared error on the test set below which the formula counts as found.
+        formula: The formula of the first seed; `formulas`: of each.
+        threshold: Mean squared error on the test set below which the formula counts as found, for the first seed;
+            `thresholds`: for each.
 
     Raises:
         ValueError: If an option is wrong, or the two runs do not fit into the inputs.
@@ -167,6 +188,7 @@ class Arithmetic(RegressionTask):
         train_range: Sequence[Any] = (1.0, 2.0),
         test_range: Sequence[Any] = (2.0, 6.0),
         eval_size: int = 10_000,
+        seeds: int = 1,
         data_dir: Path | None = None,
         seed: int = 0,
     ):
@@ -182,24 +204,40 @@ class Arithmetic(RegressionTask):
                     f"input_size={input_size}, subset_ratio={subset_ratio}, overlap_ratio={overlap_ratio}: "
                     "operation='function10' has four inputs and subsets of its own; leave these at 100, 0.25 and 0.5"
                 )
-            input_size, runs = 4, (slice(0, 2), slice(0, 4))
-        else:
-            runs = self._runs(input_size, subset_ratio, overlap_ratio)
+            input_size = 4
+        whole_number("seeds", seeds, 1, 1000)
         whole_number("eval_size", eval_size, 1, MAX_VALUES // input_size)
 
-        self.input_shape = (input_size,)
-        weights = np.zeros((input_size, 2))
-        for column, run in enumerate(runs):
-            weights[run, column] = 1
-        self.formula = Formula(operation, weights)
-        self.train = SampleStream(self.formula, Uniform(train_intervals, input_size, _key(seed, TRAIN)))
-        val = Uniform(train_intervals, input_size, _key(SPLIT_SEED, VAL))(eval_size)
-        self.val = TensorSplit(*_samples(self.formula, val))
+        self.input_shape, self.seeds = (input_size,), seeds
+        self.formulas = []
+        for one in range(seed, seed + seeds):
+            runs = (
+                (slice(0, 2), slice(0, 4))
+                if operation == "function10"
+                else self._runs(one, input_size, subset_ratio, overlap_ratio)
+            )
+            weights = np.zeros((input_size, 2))
+            for column, run in enumerate(runs):
+                weights[run, column] = 1
+            self.formulas.append(Formula(operation, weights))
+        self.formula = self.formulas[0]
+        draws = [Uniform(train_intervals, input_size, _key(one, TRAIN)) for one in range(seed, seed + seeds)]
+        self.train = SampleStream(self.formulas, draws)
+        self.val = self._split(Uniform(train_intervals, input_size, _key(SPLIT_SEED, VAL))(eval_size))
         test = Uniform(test_intervals, input_size, _key(SPLIT_SEED, TEST))(eval_size).astype(np.float64)
-        self.test = TensorSplit(*_samples(self.formula, test))
-        self.threshold = float(np.mean((self.formula(test, EPSILON) - self.formula(test)) ** 2))
+        self.test = self._split(test)
+        self.thresholds = [float(np.mean((f(test, EPSILON) - f(test)) ** 2)) for f in self.formulas]
+        self.threshold = self.thresholds[0]
 
-    def _runs(self, input_size: int, subset_ratio: float, overlap_ratio: float) -> tuple[slice, slice]:
+    def _split(self, inputs: np.ndarray) -> TensorSplit:
+        """The samples with these inputs; those of several seeds share them, and are seen so, not copied."""
+        samples = [_samples(formula, inputs) for formula in self.formulas]
+        if self.seeds == 1:
+            return TensorSplit(*samples[0])
+        shared = samples[0][0].unsqueeze(1).expand(-1, self.seeds, -1)
+        return TensorSplit(shared, torch.stack([targets for _, targets in samples], 1))
+
+    def _runs(self, seed: int, input_size: int, subset_ratio: float, overlap_ratio: float) -> tuple[slice, slice]:
         """The inputs that a sums, and those that b sums."""
         size = _floor(subset_ratio * input_size)
         overlap = _floor(overlap_ratio * size)
@@ -209,18 +247,24 @@ class Arithmetic(RegressionTask):
                 f"subset_ratio={subset_ratio}, overlap_ratio={overlap_ratio}: two subsets of {size} inputs that share "
                 f"{overlap} do not fit into input_size={input_size}; subsets must have at least 1 and use at most all"
             )
-        rng = np.random.RandomState(np.random.Philox(key=_key(self.seed, OFFSET)))
+        rng = np.random.RandomState(np.random.Philox(key=_key(seed, OFFSET)))
         start = int(rng.randint(input_size - used + 1))
         return slice(start, start + size), slice(start + size - overlap, start + used)
 
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error; of several seeds, the sum of theirs."""
+        return super().loss(output, target) if self.seeds == 1 else summed_errors(output, target)
+
     def metrics(self) -> "MetricCollection":
-        """The mean squared error."""
+        """The mean squared error; of several seeds, the median of theirs, and that of each."""
         from torchmetrics import MeanSquaredError, MetricCollection
 
-        return MetricCollection({"mse": MeanSquaredError()})
+        if self.seeds == 1:
+            return MetricCollection({"mse": MeanSquaredError()})
+        return MetricCollection([seed_metrics(range(self.seed, self.seed + self.seeds))])
 
-    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, float]:
-        """Whether and when the formula was found.
+    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, Any]:
+        """Whether and when the formula was found; of several seeds, in how many, see `archzoo.tasks.seeds.successes`.
 
         `success`: 1 if, at the evaluation with the lowest validation error, the test error is below the threshold.
         `solved_at`: the first evaluated step with a test error below the threshold; absent where there is none.
@@ -228,6 +272,9 @@ class Arithmetic(RegressionTask):
         the maximum over the modules that have `sparsity_error()`, absent where there is none.
         `threshold`: the threshold.
         """
+        if self.seeds > 1:
+            numbers = range(self.seed, self.seed + self.seeds)
+            return {"threshold": self.threshold, **successes(evaluations, model, numbers, self.thresholds)}
         summary = {"threshold": self.threshold, "success": 0.0}
         finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation["val/mse"])]
         if finite:
@@ -236,11 +283,8 @@ class Arithmetic(RegressionTask):
         solved = [evaluation["step"] for evaluation in evaluations if evaluation["test/mse"] < self.threshold]
         if solved:
             summary["solved_at"] = float(min(solved))
-        methods = [getattr(module, "sparsity_error", None) for module in model.modules()]
-        with torch.no_grad():
-            errors = [float(method()) for method in methods if callable(method)]
-        if errors:
-            summary["sparsity_error"] = max(errors)
+        if (error := sparsity_error(model)) is not None:
+            summary["sparsity_error"] = error
         return summary
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -54,12 +55,16 @@ class Task(ABC):
 
     Attributes:
         input_shape: Shape of one input, without the batch axis.
+        input_dtype: Of the inputs; int64 where they are numbers of tokens.
         output_size: Length of the model's output vector.
         train, val, test: The splits. Model selection looks at `val` only.
         score: Name of the metric that ranks models, one of `metrics()`.
         mode: Whether a larger (`"max"`) or smaller (`"min"`) score is better.
         watched: Splits that are evaluated during training.
         stream: Whether `train` is an endless stream of fresh samples, which is read in order and has no epochs.
+        seeds: Independent seeds that one run trains, side by side in one model (`archzoo.models.stacked`): the run's
+            and those behind it. Where it is not 1, inputs, outputs and targets have an axis more, of that size, behind
+            the batch's, which `input_shape` and `output_size` leave out; losses are summed over seeds, not averaged.
         compilable: Whether `torch.compile` can take the model. Not so where `training_loss` differentiates it by its
             inputs: what is compiled can be differentiated once only.
 
@@ -69,6 +74,7 @@ class Task(ABC):
     """
 
     input_shape: tuple[int, ...]
+    input_dtype: torch.dtype = torch.float32
     output_size: int
     train: Dataset[Any]
     val: Dataset[Any]
@@ -77,6 +83,7 @@ class Task(ABC):
     mode: Literal["max", "min"]
     watched: ClassVar[tuple[str, ...]] = ("val",)
     stream: bool = False
+    seeds: int = 1
     compilable: ClassVar[bool] = True
 
     def __init__(self, *, data_dir: Path | None = None, seed: int = 0):
@@ -103,8 +110,10 @@ class Task(ABC):
         """Makes a batch of what a split returns; a split with `__getitems__` has made it already."""
         return default_collate(batch) if isinstance(batch, list) else batch
 
-    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, float]:
+    def summarize(self, evaluations: Sequence[Mapping[str, float]], model: nn.Module) -> dict[str, Any]:
         """Figures for the run's summary that need the whole course of the run, as the step at which it was solved.
+
+        Numbers, texts, and lists of them; the report knows `success` as a rate, and shows medians of other numbers.
 
         Args:
             evaluations: One mapping per evaluation, with `step` and `SPLIT/METRIC` for every watched split.

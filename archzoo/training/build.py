@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from archzoo.budget import Match, count_flops, count_parameters, match_option, match_widths
 from archzoo.models.model import LayerFactory, models
+from archzoo.models.stacked import build_stacked
 from archzoo.names import suggest
 from archzoo.registry import layer_options, list_layers
 from archzoo.tasks.task import DatasetError, Task, tasks
@@ -53,6 +54,11 @@ def build_task(config: TrainConfig) -> Task:
             f"trainer.compile=true: task {config.task['name']} differentiates the model by its inputs, and a compiled "
             "model can be differentiated once only; set trainer.compile=false"
         )
+    name = config.model["name"]
+    takes_tokens = name in models.names() and getattr(models.get(name), "takes_tokens", False)
+    if takes_tokens == task.input_dtype.is_floating_point:
+        takes, has = ("tokens", "real numbers") if takes_tokens else ("real numbers", "tokens; set model=transformer")
+        raise ConfigError(f"model={name}: takes {takes}, and the inputs of task {config.task['name']} are {has}")
     return task
 
 
@@ -116,7 +122,7 @@ def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
         model = _build(config, layer, task, widths)
         if config.budget.match == "params":
             return count_parameters(model)
-        return count_flops(model.eval(), torch.zeros(1, *task.input_shape))
+        return count_flops(model.eval(), example_batch(task, 1))
 
 
 def choose_widths(config: TrainConfig, task: Task) -> Match | None:
@@ -226,12 +232,19 @@ def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
 def build_model(
     config: TrainConfig, task: Task, callbacks: Sequence["Callback"] = ()
 ) -> tuple[nn.Module, Match | None]:
-    """The contestant's model at its budget, as its training begins, on the CPU; and what the budget chose."""
+    """The contestant's model at its budget, as its training begins, on the CPU; and what the budget chose.
+
+    Where the task has several seeds, as many models in one, each as the run of its seed alone begins.
+    """
     match = choose_widths(config, task)
     layer = config.layer | ({match.option: match.value} if match and match.option else {})
     for callback in callbacks:
         layer |= callback.prepare(config, match)
-    return _build(config, layer, task, match.widths if match else None), match
+
+    def build() -> nn.Module:
+        return _build(config, layer, task, match.widths if match else None)
+
+    return build_stacked(build, range(config.seed, config.seed + task.seeds)) if task.seeds > 1 else build(), match
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -338,8 +351,8 @@ class Schedule:
 
 
 def example_batch(task: Task, size: int) -> Tensor:
-    """Zeros of the shape of a batch of inputs."""
-    return torch.zeros(size, *task.input_shape)
+    """Zeros of the shape and dtype of a batch of inputs of one seed."""
+    return torch.zeros(size, *task.input_shape, dtype=task.input_dtype)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -197,6 +197,8 @@ def _errors(config: TrainConfig) -> Iterator[str]:
         yield f"optimizer.momentum={o.momentum:g}: must be from 0 to less than 1, as optimizer.momentum=0.9"
 
     yield from optimizer_errors(config)
+    if isinstance(seeds := config.task.get("seeds"), int):
+        yield from stacking_errors(config, seeds)
 
     yield from choice("scheduler.name", s.name, SCHEDULERS)
     yield from number("scheduler.min_lr", s.min_lr, 0, "0 or more, as scheduler.min_lr=1e-5")
@@ -266,6 +268,38 @@ def optimizer_errors(config: TrainConfig) -> Iterator[str]:
             "trainer.precision=float16: its loss scaling and optimizer lbfgs do not go together; set "
             "trainer.precision=float64, float32 or bfloat16"
         )
+
+
+# Each changes a parameter by its own gradients alone.
+ELEMENTWISE = ("adadelta", "adagrad", "adam", "adamax", "adamw", "lion", "momentum", "nadam", "radam", "rmsprop", "sgd")
+RESTRUCTURING = ("grid_refine", "grid_update", "selection_stages", "symbolic_regression")
+
+
+def stacking_errors(config: TrainConfig, seeds: int) -> Iterator[str]:
+    """Settings that would mix several seeds that are trained as one model: one line each, none for one seed.
+
+    Each seed must be trained as if it were alone.
+    """
+    if seeds <= 1:
+        return
+    o, t, stacked = config.optimizer, config.trainer, f"task.seeds={seeds} trains the seeds side by side, and"
+    if o.name not in ELEMENTWISE:
+        yield (
+            f"optimizer.name={o.name}: {stacked} this optimizer may look at several parameters at once, and so at "
+            f"other seeds'; use one of {', '.join(ELEMENTWISE)}, or task.seeds=1"
+        )
+    if t.clip_grad is not None:
+        yield (
+            f"trainer.clip_grad={t.clip_grad:g}: {stacked} the norm would be that of all seeds' gradients; set "
+            "trainer.clip_grad=null, or task.seeds=1"
+        )
+    if t.precision == "float16":
+        yield (
+            f"trainer.precision=float16: {stacked} the loss scaling would leave out a step of all seeds for one; set "
+            "trainer.precision=float32, bfloat16 or float64, or task.seeds=1"
+        )
+    for name in sorted(config.callbacks.keys() & set(RESTRUCTURING)):
+        yield f"callbacks.{name}: {stacked} it changes layers one by one; leave it out, or set task.seeds=1"
 
 
 _EXAMPLES = {"task": "digits", "model": "mlp", "layer": "kan"}

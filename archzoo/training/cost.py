@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.budget import measure_cost
+from archzoo.models.stacked import Stacked
 from archzoo.tasks.task import Task
+from archzoo.training.build import example_batch
 from archzoo.training.config import TrainConfig
 from archzoo.training.data import BatchOrder, train_batches
 
@@ -21,13 +23,16 @@ def cost_record(config: TrainConfig, task: Task, model: nn.Module) -> dict[str, 
     """Measures a step on a copy of a float32 model on the CPU; the random generator is left as it was.
 
     FLOPs are those of the model's forward pass on one example. Bytes are those of a forward and a backward pass on a
-    batch, and so of all that the task's training loss asks of the model.
+    batch, and so of all that the task's training loss asks of the model. Where the model is of several seeds, all this
+    is of one of them.
     """
+    if isinstance(model, Stacked):
+        model = model.member(0)
     size = batch_size(config, task)
     with torch.random.fork_rng(devices=[]):
         probe = copy.deepcopy(model).train()
         if type(task).training_loss is Task.training_loss:
-            cost = measure_cost(probe, torch.zeros(size, *task.input_shape))
+            cost = measure_cost(probe, example_batch(task, size))
         else:
             inputs, targets = next(train_batches(task, task.train, BatchOrder(size, size, seed=0), workers=0))
             cost = measure_cost(_Objective(task, probe, targets), inputs, lambda loss: loss)

@@ -26,7 +26,7 @@ from archzoo.training.checkpoint import (
     set_optimizer_state,
     set_random_state,
 )
-from archzoo.training.config import ConfigError, TrainConfig, optimizer_errors
+from archzoo.training.config import ConfigError, TrainConfig, optimizer_errors, stacking_errors
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
 from archzoo.training.diagnose import Divergence, diagnose
 
@@ -87,7 +87,7 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, spent: None,
     ):
         t = config.trainer
-        if errors := list(optimizer_errors(config)):
+        if errors := [*optimizer_errors(config), *stacking_errors(config, task.seeds)]:
             raise ConfigError("\n".join(errors))
         self.config, self.task, self.callbacks = config, task, list(callbacks)
         self.record, self.save, self.should_stop, self.progress = record, save, should_stop, progress

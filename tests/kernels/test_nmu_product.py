@@ -125,6 +125,34 @@ def test_order_of_inputs_and_outputs_does_not_matter():
     assert_close(got, (y[:, rows], dx[:, columns], dw[rows][:, columns]), BOUNDS[torch.float64])
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    x=st.lists(st.lists(st.sampled_from([0.0, 0.0, 0.5, -2.0, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4),
+    w=st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.0, 0.5]), min_size=6, max_size=6), min_size=1, max_size=3),
+    small=st.booleans(),
+)
+def test_any_zero_factors_have_exact_gradients(x, w, small):
+    """A factor is 0 where w = 1 meets x = 0: none, one, or all six of a product, in any pattern."""
+    before = nmu_module._SMALL, nmu_module._TILE
+    try:
+        nmu_module._SMALL, nmu_module._TILE = (2**60, 2**15) if small else (0, 2)
+        x, w = (torch.tensor(rows, dtype=torch.float64) for rows in (x, w))
+        dy = 1 + torch.arange(len(x) * len(w), dtype=torch.float64).view(len(x), len(w))
+        got = value_and_grads(nmu_product, (x, w), dy)
+        want = nmu_product_reference(x, w), *exact_gradients(x, w, dy)
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(got, want, strict=True))
+    finally:
+        nmu_module._SMALL, nmu_module._TILE = before
+
+
+@pytest.mark.usefixtures("path")
+def test_gradients_of_several_zero_factors_pass_gradcheck():
+    """Rows with no zero factor, one, two, and none but zeros."""
+    x = torch.tensor([[2.0, 3, 0.5], [0, 3, 0.5], [0, 0, 0.5], [0, 0, 0]], dtype=torch.float64)
+    w = torch.tensor([[1.0, 1, 1], [1, 1, 0], [0.5, 1, 1]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(nmu_product, (x.requires_grad_(), w.requires_grad_()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(0, 12), outputs=st.integers(1, 12), features=st.integers(1, 40), small=st.booleans())
 def test_any_shape(rows, outputs, features, small):

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -567,3 +568,132 @@ def test_two_naus_learn_a_difference_of_sums():
     off = masks.double() + 1e-5 * (1 - 2 * masks.double())  # each weight of layer 1 off by 1e-5, layer 2 perfect
     threshold = F.mse_loss(difference(test.double(), off), difference(test.double(), masks.double())).item()
     assert min(errors)[1] < threshold, f"{min(errors)[1]:.1e}, threshold {threshold:.1e}"
+
+
+# --- Starts from nn.Linear --------------------------------------------------------------------------------------------
+
+
+def linear(rows, bias=True, dtype=torch.float64):
+    weight = torch.tensor(rows, dtype=dtype)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=dtype)
+    layer.weight.data.copy_(weight)
+    return layer
+
+
+@pytest.mark.parametrize("cls", [NAU, NAC])
+@pytest.mark.parametrize("bias", [True, False])
+def test_start_is_exact_where_all_weights_fit(cls, bias):
+    original = linear([[0.5, -0.75, 0.0], [0.1, -0.999, 0.9999]], bias).eval()
+    unit, error = cls.from_linear(original)
+    assert error == 0.0
+    assert (unit.bias is not None) == bias
+    assert not unit.training
+    x = randn(20, 3)
+    assert torch.allclose(unit(x), original(x), rtol=1e-12, atol=1e-12)
+    original.weight.data.zero_()
+    assert unit.weight.abs().sum() > 0  # no memory is shared
+    assert cls.from_linear(original).error == 0.0
+
+
+def test_nau_starts_exactly_on_the_ends_of_its_box():
+    original = linear([[1.0, -1.0, 0.0]])
+    unit, error = NAU.from_linear(original, constraint="penalty", sparsity_weight=0.5)
+    assert error == 0.0
+    assert (unit.constraint, unit.sparsity_weight) == ("penalty", 0.5)
+    x = randn(20, 3)
+    assert torch.equal(unit(x), original(x))
+    unit.round_()
+    assert torch.equal(unit.weight, original.weight)
+
+
+@pytest.mark.parametrize(("cls", "nearest"), [(NAU, 1.0), (NAC, 0.999)])
+def test_start_is_nearest_and_says_how_far_where_weights_do_not_fit(cls, nearest):
+    original = linear([[3.0, -1.5, 0.0], [0.5, -0.25, 1.25]])
+    unit, error = cls.from_linear(original)
+    expected = torch.tensor([[nearest, -nearest, 0], [0.5, -0.25, nearest]], dtype=torch.float64)
+    assert torch.allclose(unit.weight, expected, rtol=1e-12, atol=1e-12)
+    x = randn(200_000, 3)
+    difference = (unit(x) - original(x)).square().mean().sqrt()
+    size = (original(x) - original.bias).square().mean().sqrt()
+    assert error == pytest.approx((difference / size).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("cls", [NAU, NAC])
+def test_started_unit_trains(cls):
+    """Also from weights that are all 0, or at the ends: every parameter moves, and the loss goes down."""
+    torch.manual_seed(0)
+    target = linear([[0.4, -0.6, 0.2]])
+    x = randn(200, 3)
+    for rows in ([[0.0, 0.0, 0.0]], [[1.0, -1.0, 1.0]], [[2.0, -2.0, 0.0]]):
+        unit, _ = cls.from_linear(linear(rows))
+        start = {name: p.detach().clone() for name, p in unit.named_parameters()}
+        optimizer = torch.optim.Adam(unit.parameters(), lr=0.05)
+        losses = []
+        for _ in range(100):
+            loss = (unit(x) - target(x)).square().mean()
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            getattr(unit, "constrain_", lambda: None)()
+        assert losses[-1] < 0.5 * losses[0]
+        assert all((p != start[name]).all() for name, p in unit.named_parameters())
+
+
+def test_nac_starts_in_single_and_half_precision():
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        original = linear([[0.5, -0.9, 0.0, 1.0, 1 - 2**-24]], dtype=dtype)
+        unit, _ = NAC.from_linear(original)
+        assert unit.weight.dtype == dtype
+        assert unit.w_hat.isfinite().all()
+        assert unit.m_hat.isfinite().all()
+        assert torch.allclose(unit.weight[:, :3], original.weight[:, :3], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "reason"),
+    [
+        (NMU, {}, "NMU multiplies its inputs"),
+        (NALU, {}, r"its gate, sigmoid\(x G\^T\), is 1 for every x"),
+        (NPU, {}, "NPU multiplies powers of its inputs"),
+        (RealNPU, {}, "RealNPU multiplies powers of its inputs"),
+        (INALU, {}, r"its gate, sigmoid\(g\), is 1"),
+        (MCFC, {}, "positive shares that sum to 1"),
+        (NAC, {"mode": "multiply"}, "mode='multiply': multiplies its inputs"),
+    ],
+)
+def test_units_that_cannot_start_say_why_and_what_can(cls, options, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        cls.from_linear(nn.Linear(3, 2), **options)
+    assert re.search("NA[UC].from_linear|use mode='add'", str(caught.value))
+
+
+def test_wrong_originals_and_options_are_refused():
+    for cls in (NAU, NAC):
+        with pytest.raises(TypeError, match="Conv2d is not an nn.Linear"):
+            cls.from_linear(nn.Conv2d(3, 2, 1))
+        with pytest.raises(ValueError, match="bias=False: this is taken from the original"):
+            cls.from_linear(nn.Linear(3, 2), bias=False)
+        with pytest.raises(TypeError, match="no argument nois"):
+            cls.from_linear(nn.Linear(3, 2), nois=1)
+
+
+def test_sparsity_error_of_nac_and_nalu_is_of_their_weights():
+    for unit in (NAC(3, 2), NALU(3, 2), NALU(3, 2, shared=False)):
+        weights = [unit.weight] if isinstance(unit, NAC) else [unit.weight, unit.weight_mul]
+        worst = max(min(abs(w), abs(1 - abs(w))) for weight in weights for w in weight.flatten().tolist())
+        assert unit.sparsity_error() == pytest.approx(worst, rel=1e-6)
+        assert isinstance(unit.sparsity_error(), float)
+
+
+# --- Where the units are found ----------------------------------------------------------------------------------------
+
+
+def test_units_are_one_class_wherever_they_are_imported_from():
+    import archzoo
+    from archzoo.layers import arithmetic
+
+    for name in UNITS:
+        cls = get_layer(name).cls
+        assert getattr(arithmetic, cls.__name__) is getattr(archzoo.layers, cls.__name__) is cls
+    assert archzoo.layers.SparsitySchedule is SparsitySchedule

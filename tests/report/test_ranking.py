@@ -4,6 +4,7 @@ import pytest
 
 from archzoo.report import load_comparison, rank
 from archzoo.report.ranking import default_baseline
+from archzoo.report.stats import wilson
 from archzoo.report.wording import Scale, methods, verdict
 
 SEPARABLE = {"linear": [0.90 + 0.001 * i for i in range(8)], "kan": [0.95 + 0.002 * i for i in range(8)]}
@@ -234,6 +235,20 @@ def test_task_figures_are_rates_and_medians(build, write):
     assert (figures["success"].successes, figures["success"].count) == (2, 4)
     assert (figures["solved_at"].value, figures["solved_at"].count) == (2000, 2)
     assert by_label(folder)["linear"].figures == {}
+
+
+def test_seeds_within_a_run_count_each(build, write):
+    folder = build({"linear": [0.1]}, metric="mse", mode="min")
+    for seed, succeeded in ((0, 15), (20, 4)):
+        summary = {"success": succeeded / 20, "success_low": 0.0, "success_high": 1.0, "successes": succeeded}
+        summary |= {"seeds": 20, "solved_at": 1000.0 + seed, "solved_at_low": 1.0, "each_success": [1] * 20}
+        write(folder / f"n{seed}", layer="nmu", seed=seed, metric="mse", mode="min", task_summary=summary)
+    figures = by_label(folder)["nmu"].figures
+    assert figures.keys() == {"success", "solved_at"}
+    success = figures["success"]
+    assert (success.successes, success.count, success.value) == (19, 40, 0.475)
+    assert (success.low, success.high) == wilson(19, 40)
+    assert figures["solved_at"].value == 1010
 
 
 def test_tasks_are_ranked_each_for_itself(build, write):

@@ -1,5 +1,6 @@
 """The arithmetic task: its formulas, the published thresholds, a stream that is a pure function, and the criterion."""
 
+import math
 import pickle
 import re
 
@@ -10,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from archzoo.layers.arithmetic import NAU
+from archzoo.models.stacked import Stacked, build_stacked
+from archzoo.report.stats import wilson
 from archzoo.tasks.arithmetic import BLOCK, OPERATIONS, STREAM_LENGTH, Arithmetic
+from archzoo.tasks.seeds import median_interval, rate
+from archzoo.training.config import ConfigError, validate
+from archzoo.training.run import execute, load_model
+from tests.training.support import make_config
 
 
 def weights(task: Arithmetic) -> torch.Tensor:
@@ -215,3 +223,171 @@ def test_linear_model_with_the_right_weights_succeeds():
 def test_wrong_option_is_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Arithmetic(**options)
+
+
+# --- Several seeds in one run -----------------------------------------------------------------------------------------
+
+FOUR = {"operation": "function10", "eval_size": 60}
+
+
+def test_each_of_several_seeds_has_the_samples_and_the_place_of_its_own_run():
+    together = Arithmetic(seed=5, seeds=3, eval_size=20)
+    assert together.input_shape == (100,)
+    indices = [*range(BLOCK - 10, BLOCK + 10), 3, 7]
+    for i in range(3):
+        one = Arithmetic(seed=5 + i, eval_size=20)
+        for name, rows in (("train", indices), ("val", range(20)), ("test", range(20))):
+            ours, its = (getattr(task, name).__getitems__(list(rows)) for task in (together, one))
+            for all_seeds, alone in zip(ours, its, strict=True):
+                assert torch.equal(all_seeds[:, i], alone)
+        assert together.thresholds[i] == one.threshold
+        assert (together.formulas[i].weights == one.formula.weights).all()
+    inputs, targets = together.train[BLOCK]
+    assert (inputs.shape, targets.shape) == ((3, 100), (3, 1))
+    assert [t.shape for t in together.train.__getitems__([])] == [(0, 3, 100), (0, 3, 1)]
+
+
+def run_config(folder, layer="nmu", **changes):
+    task = {"name": "arithmetic", **FOUR, **changes.pop("task", {})}
+    return make_config(
+        folder,
+        task=task,
+        model={"name": "arithmetic"},
+        layer={"name": layer, **changes.pop("layer_options", {})},
+        optimizer={"name": "adam", "lr": 0.03},
+        trainer={"steps": 30, "eval_every": 10, "batch_size": 32} | changes.pop("trainer", {}),
+        scheduler={"name": "none"},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("layer", ["nmu", "nalu"])
+def test_a_run_of_several_seeds_is_that_of_each_alone(layer, tmp_path):
+    """Initial weights, samples, the regulariser's warm-up, evaluations, weights: all to rounding."""
+    callbacks = {"sparsity_schedule": {"weight": 1.0, "start": 3, "end": 20}}
+    config = run_config(tmp_path / "together", layer, seed=4, task={"seeds": 3}, callbacks=callbacks)
+    together = execute(config)
+    assert together["error"] is None
+    model, summary = load_model(tmp_path / "together" / together["run_id"]), together["summary"]
+    assert isinstance(model, Stacked)
+    for i in range(3):
+        alone = execute(run_config(tmp_path / "alone", layer, seed=4 + i, callbacks=callbacks))
+        assert together["parameters"] == alone["parameters"]
+        assert together["flops"] == alone["flops"]
+        for split in ("val", "test"):
+            mse = summary["last"][f"{split}/mse_seed{4 + i}"]
+            assert mse == pytest.approx(alone["summary"]["last"][f"{split}/mse"], rel=1e-4)
+        assert summary["task"]["each_success"][i] == alone["summary"]["task"]["success"]
+        assert summary["task"]["each_sparsity_error"][i] == pytest.approx(
+            alone["summary"]["task"]["sparsity_error"], rel=1e-4
+        )
+        assert together["score"]["step"] == alone["score"]["step"] == 30
+        weights = load_model(tmp_path / "alone" / alone["run_id"]).state_dict()
+        for key, value in model.member(i).state_dict().items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-6)
+    errors = [summary["last"][f"val/mse_seed{seed}"] for seed in (4, 5, 6)]
+    assert summary["last"]["val/mse"] == pytest.approx(sorted(errors)[1])
+
+
+def test_interrupted_run_of_several_seeds_ends_with_the_same_bits(tmp_path):
+    config = run_config(tmp_path / "whole", "nmu", task={"seeds": 2}, layer_options={"noise": [1, 5]})
+    whole = execute(config)
+    config.output_dir = str(tmp_path / "halves")
+    steps = iter(range(100))
+    assert execute(config, should_stop=lambda: next(steps) == 14)["status"] == "interrupted"
+    again = execute(config)
+    assert again["status"] == "done"
+    assert again["summary"] == whole["summary"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": {"clip_grad": 1.0}}, "trainer.clip_grad=1: task.seeds=2 trains the seeds side by side"),
+        ({"trainer": {"precision": "float16"}}, "trainer.precision=float16: task.seeds=2"),
+        ({"callbacks": {"grid_update": {}}}, "callbacks.grid_update: task.seeds=2"),
+    ],
+)
+def test_what_would_mix_seeds_is_refused(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(run_config(tmp_path, task={"seeds": 2}, **changes))
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "lamb", "adafactor", "muon"])
+def test_optimizers_that_look_at_several_parameters_at_once_are_refused(name, tmp_path):
+    config = run_config(tmp_path, task={"seeds": 2})
+    validate(config)
+    config.optimizer.name = name
+    with pytest.raises(ConfigError, match=f"optimizer.name={name}: task.seeds=2"):
+        validate(config)
+    config.task["seeds"] = 1
+    validate(config)
+
+
+def seed_lines(*rows):
+    """Evaluations, from rows of (val, test) for each seed, a thousand steps apart."""
+    return [
+        {"step": 1000.0 * (i + 1)}
+        | {f"val/mse_seed{s}": val for s, (val, _) in enumerate(row)}
+        | {f"test/mse_seed{s}": test for s, (_, test) in enumerate(row)}
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_summary_of_several_seeds_judges_each_alone():
+    task = Arithmetic(seeds=4, **FOUR)
+    yes, no, inf = min(task.thresholds) / 2, max(task.thresholds) * 2, math.inf
+    torch.manual_seed(0)
+    model = build_stacked(lambda: NAU(4, 1), range(4))
+    lines = seed_lines(
+        [(1, no), (1, yes), (3, no), (2, no)],
+        [(2, no), (2, no), (2, yes), (1, yes)],
+        [(3, no), (3, no), (1, yes), (inf, inf)],
+    )
+    summary = task.summarize(lines, model)
+    assert summary["each_success"] == [0, 1, 1, 1]
+    assert summary["each_solved_at"] == [None, 1000, 2000, 2000]
+    assert (summary["successes"], summary["seeds"], summary["success"]) == (3, 4, 0.75)
+    assert summary["solved_at"] == 2000
+    assert "solved_at_low" not in summary  # three values have no interval
+    assert summary["diverged"] == 1
+    each = [model.member(i).sparsity_error() for i in range(4)]
+    assert summary["each_sparsity_error"] == each
+    assert summary["sparsity_error"] == sorted(each[1:])[1]
+    assert task.summarize([], nn.Linear(2, 2))["each_success"] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("succeeded", "count"), [(0, 1), (0, 25), (1, 1), (7, 20), (94, 100), (100, 100)])
+def test_rate_has_wilsons_interval(succeeded, count):
+    found = rate(succeeded, count)
+    assert (found["success_low"], found["success_high"]) == pytest.approx(wilson(succeeded, count), abs=1e-9)
+
+
+def test_median_interval_holds_the_median_as_often_as_it_says():
+    assert median_interval("x", []) == {}
+    assert median_interval("x", [3.0, 1.0]) == {"x": 2.0}
+    assert median_interval("x", range(6)) == {"x": 2.5, "x_low": 0, "x_high": 5}
+    rng = np.random.RandomState(0)
+    hits = 0
+    for _ in range(2000):
+        found = median_interval("x", rng.random_sample(15).tolist())
+        hits += found["x_low"] <= 0.5 <= found["x_high"]
+    assert 0.95 <= hits / 2000 <= 0.98  # exactly 0.965
+
+
+def test_metric_of_several_seeds_is_the_median_and_survives_one_that_diverged():
+    task = Arithmetic(seeds=3, seed=7, **FOUR)
+    metrics = task.metrics()
+    target = torch.zeros(10, 3, 1)
+    output = torch.tensor([1.0, 2.0, math.nan]).view(1, 3, 1).expand(10, -1, -1)
+    metrics.update(output[:4], target[:4])
+    metrics.update(output[4:], target[4:])
+    found = {key: value.item() for key, value in metrics.compute().items()}
+    assert found == {"mse": 4.0, "mse_seed7": 1.0, "mse_seed8": 4.0, "mse_seed9": math.inf}
+    assert task.loss(output, target).item() == 5.0
+
+
+def test_several_seeds_are_bounded():
+    for seeds in (0, 1001, 1.5):
+        with pytest.raises(ValueError, match=f"seeds={seeds}: must be a whole number from 1 to 1000"):
+            Arithmetic(seeds=seeds)
