@@ -13,16 +13,27 @@ from archzoo.training import cli
 from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
+DATA = os.environ.get("ARCHZOO_DATA")
 STEP = ["trainer.steps=1", "trainer.epochs=null", "trainer.seconds=null", "tracker=none", "trainer.limit_batches=1"]
-NEEDS_DATA = {"mnist", "fashion_mnist", "cifar10"}
+NEEDS_DATA = {"mnist", "mnist_arithmetic", "fashion_mnist", "cifar10", "text"}
 # What a model or a task must be run with, where the default layer, model or budget do not go with it.
-CONVOLUTIONS = ["model=cnn", "model.stem=8", "budget.to=conv2d"]
+OF_KIND = {
+    "linear": [],
+    "conv2d": ["model=cnn", "model.stem=8", "budget.to=conv2d"],
+    "mixer": ["model=transformer", "task=text", "budget.match=none"],
+}
 FITTING = {
     "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
+    "model=transformer": ["task=text"],
+    "model=sequence_arithmetic": ["task=mnist_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
+    "task=mnist_arithmetic": ["model=sequence_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
     "model=cnn": ["layer=conv2d", "budget.to=conv2d"],
     "model=kan": ["layer=kan", "budget.match=none"],
+    "model=padenet": ["task=super_resolution", "layer=conv2d", "budget.to=conv2d"],
     "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
     "task=poisson": ["layer=kan", "budget.match=none"],
+    "task=text": ["model=transformer"],
+    "task=super_resolution": ["model=padenet", "layer=conv2d", "budget.to=conv2d"],
 }
 
 
@@ -32,7 +43,7 @@ def options(group):
 
 def skip_without_data(words):
     needed = NEEDS_DATA & set(words)
-    if needed and not os.environ.get("ARCHZOO_DATA"):
+    if needed and not DATA:
         pytest.skip(f"{', '.join(needed)} needs ARCHZOO_DATA, the folder of the data sets")
 
 
@@ -42,7 +53,8 @@ def trains(*arguments):
 
 @pytest.mark.parametrize("name", options("layer"))
 def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
-    fitting = CONVOLUTIONS if get_layer(name).kind == "conv2d" else []
+    fitting = OF_KIND[get_layer(name).kind]
+    skip_without_data(re.findall(r"\w+", " ".join(fitting)))
     trains(f"layer={name}", f"output_dir={tmp_path}", *fitting, *STEP)
 
 
@@ -64,6 +76,8 @@ def test_every_task_trains_a_step(name, tmp_path):
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "tracker", "trainer", "model"])
 def test_every_option_of_the_other_groups_trains_a_step(group, tmp_path):
     for name in options(group):
+        if NEEDS_DATA & set(re.findall(r"\w+", " ".join(FITTING.get(f"{group}={name}", [])))) and not DATA:
+            continue
         trains(f"{group}={name}", f"output_dir={tmp_path / name}", *FITTING.get(f"{group}={name}", []), *STEP)
 
 

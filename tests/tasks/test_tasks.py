@@ -28,6 +28,7 @@ BUILDS: list[Any] = [
     ("autoencoding", {"dataset": "digits"}),
     ("poisson", {"n_interior": 100, "n_boundary": 20, "eval_side": 10}),
     pytest.param("mnist", {"train_size": 100}, marks=needs_data),
+    pytest.param("super_resolution", {"dataset": "fashion_mnist", "patch": None, "train_size": 100}, marks=needs_data),
     pytest.param("fashion_mnist", {"train_size": 100}, marks=needs_data),
 ]
 every_build = pytest.mark.parametrize(("name", "options"), BUILDS)
@@ -49,8 +50,11 @@ def test_registry_holds_the_tasks_and_config_group_the_same():
         "fashion_mnist",
         "functions",
         "mnist",
+        "mnist_arithmetic",
         "poisson",
+        "super_resolution",
         "tabular",
+        "text",
     ]
     assert tasks.names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
