@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from archzoo.kernels._conv import check_input
 from archzoo.kernels.basis_conv2d import basis_conv2d, padding_sides
 from archzoo.kernels.basis_linear import Basis, basis_linear
 from archzoo.layers._conv import as_pair, check_channels, check_padding
+from archzoo.layers._start_kan import _FromConv2d, _nearest, _normal, _on_edges
 
 
 def _check_whole(least: int, **sizes: Any) -> None:
@@ -63,13 +64,15 @@ class _KANLinear(nn.Module):
     """Sizes, bias and methods of a KAN layer in the place of `nn.Linear`; (*, I) -> (*, O).
 
     A subclass sets `_functions` and `weight`, names in `_tensors` what the functions take besides x, and calls
-    `reset_parameters`. One with several terms, or other weights, overrides `forward` and `_per_output`.
+    `reset_parameters`. One with several terms, or other weights, overrides `forward`, `_per_output` and `_become`.
     """
 
     bias: nn.Parameter | None
     weight: nn.Parameter
     _functions: Basis
     _tensors: tuple[str, ...] = ()
+    _nearer: ClassVar[str] = ""
+    """Which options bring a start nearer, for the message that it is too far."""
 
     def __init__(
         self,
@@ -134,6 +137,20 @@ class _KANLinear(nn.Module):
         """The usual layer of a function of x, without a bias."""
         return F.linear(function(x), weight)
 
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        """Sets all parameters but the bias so that y = weight x, as near as can be.
+
+        Args:
+            weight: That of the usual layer, in float64, on the CPU.
+
+        Returns:
+            Deviations from x: see `_start_kan._become`.
+        """
+        c, deviation = _nearest([self._functions.values(_normal()[0].unsqueeze(0))], self._nearer)
+        self.weight.copy_(_on_edges(weight, c).view_as(self.weight))
+        return deviation
+
     @property
     def _per_output(self) -> tuple[str, ...]:
         """Names of the parameters and buffers whose first dimension is that of the outputs."""
@@ -162,7 +179,7 @@ class _KANLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{self._options()}"
 
 
-class _KANConv2d(_KANLinear):
+class _KANConv2d(_KANLinear, _FromConv2d):
     """The same in the place of `nn.Conv2d`: (N, C, H, W) -> (N, O, H', W'), or without N.
 
     Weights are (O, C/groups, functions, kh, kw); otherwise a subclass of it is written as one of `_KANLinear`.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from archzoo.kernels.activation import Activation, as_activation
 from archzoo.kernels.kan_spline import OUTSIDE, BSpline
 from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _is_finite, _KANLinear
+from archzoo.layers._start_kan import _is_identity, _no_deviation, _normal, _on_edges, _start_branches
 
 _REFIT_BLOCK = 2**20  # elements of a block's bases, while a spline is fitted anew
 
@@ -28,6 +29,9 @@ class _Splines(_KANLinear):
     spline_scaler: nn.Parameter | None
     grid: Tensor
     mask: Tensor | None
+
+    _start_options: ClassVar[dict[str, Any]] = {"extrapolation": "linear"}
+    _nearer = "spline_order=1 or more holds x on the grid, and base_activation='identity' everywhere"
 
     def _build(
         self,
@@ -109,6 +113,22 @@ class _Splines(_KANLinear):
         if base is not None and not isinstance(self._base, Activation):
             y = y + self._map(self._base_values, x, base)
         return y
+
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        if self.spline_scaler is not None:
+            nn.init.ones_(self.spline_scaler)
+        if self.spline_order == 0 or _is_identity(self._base):
+            return _start_branches(self, weight, self.spline.values, self._nearer)
+        # A spline whose coefficients are the Greville abscissae, means of k knots, is x on the inner grid.
+        points = _normal()[0].unsqueeze(0)
+        c = self.spline.knots(points)[:, 1:-1].unfold(1, self.spline_order, 1).mean(-1)
+        self.spline_weight.copy_(_on_edges(weight, c))
+        if self.base_weight is not None:
+            nn.init.zeros_(self.base_weight)
+        if self.extrapolation == "linear":
+            return _no_deviation()
+        return (c.unsqueeze(1) @ self.spline.values(points)).squeeze(1) - points
 
     # --- Regularisation and pruning -----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from archzoo.kernels.chebyshev import Chebyshev
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
+from archzoo.layers._start_kan import _FromLinear
 from archzoo.registry import Card, register_layer
 
 _EQUATION = r"y_o = b_o + \sum_i \sum_{d \le D} w_{oid}\, T_d(\tanh x_i)"
@@ -12,6 +13,8 @@ _EQUATION = r"y_o = b_o + \sum_i \sum_{d \le D} w_{oid}\, T_d(\tanh x_i)"
 
 class _Chebyshev(_KANLinear):
     """What the two forms share: the basis, and how its weights are drawn."""
+
+    _nearer = "a higher degree comes nearer, 1 being the least"
 
     def _build(self, degree: int) -> None:
         _check_whole(0, degree=degree)
@@ -44,7 +47,7 @@ class _Chebyshev(_KANLinear):
         "MNIST was not run",
     ),
 )
-class ChebyshevKANLinear(_Chebyshev):
+class ChebyshevKANLinear(_Chebyshev, _FromLinear):
     r"""KAN layer on Chebyshev polynomials: $y_o = b_o + \sum_i \sum_{d \le D} w_{oid} T_d(\tanh x_i)$.
 
     tanh keeps any input where the polynomials are bounded; stacks of these layers want a norm between them. Kept for
@@ -60,6 +63,9 @@ class ChebyshevKANLinear(_Chebyshev):
 
     State: `weight` (O, I, degree + 1), drawn from N(0, 1/(I (degree + 1))), that being the standard deviation; `bias`
     (O,) or None, 0 at first.
+
+    Start: `from_linear` sets `weight`, to what of tanh's polynomials is nearest to x: error 0.14 by default, 0.26 at
+    degree 1 and 0.06 at degree 8. `degree=0` is refused.
 
     Shape: (*, I) -> (*, O).
 
@@ -116,6 +122,8 @@ class ChebyshevKANConv2d(_Chebyshev, _KANConv2d):
 
     State: `weight` (O, C/groups, degree + 1, kh, kw), drawn as in `ChebyshevKANLinear` for C/groups kh kw inputs;
     `bias` (O,) or None.
+
+    Start: `from_conv2d` is as `ChebyshevKANLinear.from_linear`.
 
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 

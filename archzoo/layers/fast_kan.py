@@ -1,6 +1,7 @@
 """FastKAN: KAN layers whose splines are Gaussian radial basis functions (https://arxiv.org/abs/2405.06721)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from archzoo.kernels.activation import Activation, as_activation
 from archzoo.kernels.rbf import RBF
 from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _is_finite, _KANConv2d, _KANLinear
+from archzoo.layers._start_kan import _FromLinear, _start_branches
 from archzoo.registry import Card, register_layer
 
 
@@ -17,6 +19,9 @@ class _FastKAN(_KANLinear):
     base_weight: nn.Parameter | None
     layernorm: nn.LayerNorm | None
     grid: Tensor
+
+    _start_options: ClassVar[dict[str, Any]] = {"layernorm": False, "grid_range": (-4.0, 4.0)}
+    _nearer = "grid_range=(-4.0, 4.0), one Gaussian or more a unit of x, and a base_activation come nearer"
 
     def _build(
         self,
@@ -81,6 +86,15 @@ class _FastKAN(_KANLinear):
             y = y + self._map(self._base, x, self.base_weight)
         return y
 
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        if self.layernorm is not None:
+            raise ValueError(
+                "layernorm: a LayerNorm forgets the scale of x, which the original needs; "
+                "take layernorm=False to start from it"
+            )
+        return _start_branches(self, weight, lambda x: self.rbf.values(x, self.grid.cpu()), self._nearer)
+
     def _options(self) -> str:
         return (
             f", grid_size={self.grid_size}, grid_range={self.grid_range}, bandwidth={self.bandwidth:g}, "
@@ -104,7 +118,7 @@ class _FastKAN(_KANLinear):
         "97.2-98.5 %. The speed against efficient-kan on a GPU was not run",
     ),
 )
-class FastKANLinear(_FastKAN):
+class FastKANLinear(_FastKAN, _FromLinear):
     r"""KAN layer on Gaussians: $y_o = b_o + \sum_i ( \sum_j w_{oij} e^{-((z_i - c_j)/h)^2} + v_{oi}\, b(x_i) )$.
 
     z is x after a LayerNorm, which keeps it where the centres are; the base branch b sees x itself. Kept for the
@@ -125,6 +139,10 @@ class FastKANLinear(_FastKAN):
 
     State: `spline_weight` (O, I, grid_size), `base_weight` (O, I) or None, `bias` (O,) or None, `layernorm.*`, and the
     buffer `grid` (grid_size,), the centres.
+
+    Start: `from_linear` has, unless given, `layernorm=False`, since a LayerNorm forgets the scale of x, and
+    `grid_range=(-4.0, 4.0)`. Gaussians and base together come nearest to x: error 0.009 by default, and 0.0 with the
+    base "identity", where `spline_weight` is 0. `layernorm=True` is refused.
 
     Shape: (*, I) -> (*, O).
 
@@ -194,6 +212,8 @@ class FastKANConv2d(_FastKAN, _KANConv2d):
 
     State: `spline_weight` (O, C/groups, grid_size, kh, kw), `base_weight` (O, C/groups, kh, kw) or None, `bias` (O,) or
     None, `layernorm.*` (C,), and the buffer `grid` (grid_size,), the centres.
+
+    Start: `from_conv2d` is as `FastKANLinear.from_linear`.
 
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from archzoo.layers._kan import _as_index, _check_whole
 from archzoo.layers._splines import _double, _Splines
+from archzoo.layers._start_kan import _FromLinear
 from archzoo.registry import Card, register_layer
 
 
@@ -33,7 +34,7 @@ from archzoo.registry import Card, register_layer
         "(experiment kan_pde). Error against parameters: experiment kan_functions, exponents of 0.3 to 2",
     ),
 )
-class KANLinear(_Splines):
+class KANLinear(_Splines, _FromLinear):
     r"""Layer with a learned function on each edge: $y_o = b_o + \sum_i \phi_{oi}(x_i)$.
 
     $\phi_{oi}(x) = m_{oi} ( v_{oi}\, b(x) + s_{oi} \sum_{j<K} w_{oij} B_j(x; t_i) )$, with K = grid_size + spline_order
@@ -66,6 +67,11 @@ class KANLinear(_Splines):
     buffers `grid` (I, G + 2 k + 1), the knots, and `mask` (O, I), which is None until edges are pruned. On a uniform
     grid the exact knots are those of the attribute `spline`, and `grid` a copy for the state dict: change it by
     `update_grid`, `refine` or `load_state_dict`, not by hand.
+
+    Start: `from_linear` has `extrapolation="linear"` unless given, and is then exact: the coefficients of x are known,
+    `base_weight` is 0 and `spline_scaler` 1, and all are trained. With another extrapolation the function holds on the
+    grid only, and the error is what that loses: 0.65 for "zero" on (-1, 1), 0.01 on (-3, 3). `spline_order=0`, in
+    steps, comes near to x, together with the base. With the base "identity" that is all, and exact everywhere.
 
     Shape: (*, I) -> (*, O).
 

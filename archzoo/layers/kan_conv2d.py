@@ -63,6 +63,8 @@ class KANConv2d(_Splines, _KANConv2d):
     State: `base_weight` (O, C/groups, kh, kw) or None, `spline_weight` (O, C/groups, K, kh, kw), `spline_scaler` as
     `base_weight` or None, `bias` (O,) or None; buffers `grid` (C, G + 2 k + 1) and `mask`, None until pruning.
 
+    Start: `from_conv2d` is as `KANLinear.from_linear`.
+
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 
     Raises:

@@ -1,6 +1,7 @@
 """Group-rational KAN: the layer of the Kolmogorov-Arnold Transformer, KAT (https://arxiv.org/abs/2409.10594)."""
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from archzoo.kernels.basis_linear import widen
 from archzoo.kernels.rational import DENOMINATORS, Rational
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
+from archzoo.layers._start_kan import _FromLinear, _no_deviation
 from archzoo.registry import Card, register_layer
 
 # a, b, and the gain 1 / E[F(z)^2] for z ~ N(0, 1). KAT's own "gelu" was fitted under "abs_sum", and is off by up to
@@ -40,6 +42,7 @@ class _Rational(_KANLinear):
 
     _functions: Rational
     _tensors = "numerator", "denominator"
+    _start_options: ClassVar[dict[str, Any]] = {"init": "identity"}
 
     _names = "groups", "in_features"
     """What the form calls the groups of the function, and the features that they divide."""
@@ -71,6 +74,13 @@ class _Rational(_KANLinear):
         nn.init.normal_(self.weight, std=math.sqrt(gain / self._fan_in))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        if self.init != "identity":
+            raise ValueError(f"init={self.init!r}: a start has F(x) = x, which is init='identity'; leave init out")
+        self.weight.copy_(weight)  # and F is x already: its denominator of 0 learns, since d|b|/db is 1 at 0
+        return _no_deviation()
 
     def _activate(self, x: Tensor, axis: int) -> Tensor:
         """F(x), the features of x along an axis."""
@@ -108,7 +118,7 @@ class _Rational(_KANLinear):
         "96.7-97.5 %. ImageNet was not run",
     ),
 )
-class RationalKANLinear(_Rational):
+class RationalKANLinear(_Rational, _FromLinear):
     r"""KAN layer on rational functions: $y_o = b_o + \sum_i w_{oi} F_{g(i)}(x_i)$, F = P / Q, one for each group.
 
     $P = \sum_{d \le 5} a_d x^d$ and, by default, $Q = 1 + \sum_{j=1}^{4} |b_j| |x|^j$. An edge is a scalar times a
@@ -131,6 +141,9 @@ class RationalKANLinear(_Rational):
     State: `weight` (O, I), drawn from N(0, g/I), that being the variance, with g = 1 / E[F(z)^2] for z from N(0, 1):
     inputs of variance 1 give outputs of variance 1. `numerator` (1, 6), or (groups, 6) if not shared: a_0 to a_5.
     `denominator` (groups, 4): b_1 to b_4. `bias` (O,) or None, 0 at first.
+
+    Start: `from_linear` has `init="identity"`, and is exact; another `init` is refused. The denominators are 0, and
+    learn from there.
 
     Shape: (*, I) -> (*, O).
 
@@ -202,6 +215,8 @@ class RationalKANConv2d(_Rational, _KANConv2d):
 
     State: `weight` (O, C/groups, kh, kw), drawn as in `RationalKANLinear` for C/groups kh kw inputs; `numerator`
     (1, 6), or (rational_groups, 6) if not shared; `denominator` (rational_groups, 4); `bias` (O,) or None.
+
+    Start: `from_conv2d` is as `RationalKANLinear.from_linear`.
 
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 

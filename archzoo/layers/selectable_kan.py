@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from archzoo.layers._conv import as_pair, check_channels, check_padding
 from archzoo.layers._kan import _check_whole, _is_finite
+from archzoo.layers._start_kan import _become_all, _FromConv2d, _FromLinear, _start_kwargs
 from archzoo.names import suggest
 from archzoo.registry import Card, Kind, create_layer, get_layer, layer_options, list_layers, register_layer
 
@@ -95,6 +96,15 @@ class _SelectableKAN(nn.Module):
         self.selected.fill_(-1)
         if self.bias is not None:
             self.bias.zero_()
+
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        """Every candidate starts for itself."""
+        like, classes = self.selection_logits, {name: get_layer(name).cls for name in self.pool}
+        self.pool_kwargs = _start_kwargs(classes, self.pool_kwargs)
+        made = [self._candidate(name, self._outputs, like.device, like.dtype) for name in self.pool]
+        self.candidates = nn.ModuleList(made).train(self.training)
+        return _become_all(made, weight)
 
     # --- The three stages ---------------------------------------------------------------------------------------------
 
@@ -344,7 +354,7 @@ class _SelectableKAN(nn.Module):
         "No better than the best single candidate.",
     ),
 )
-class SelectableKANLinear(_SelectableKAN):
+class SelectableKANLinear(_SelectableKAN, _FromLinear):
     r"""KAN layer whose every output picks its kind of functions: $y_o = b_o + \sum_p w_{op} z^{(p)}_o(x)$.
 
     $z^{(p)}$ are the layers of a pool, $w_o = \mathrm{softmax}(l_o / \tau)$. Training has three stages. "full": all
@@ -371,6 +381,9 @@ class SelectableKANLinear(_SelectableKAN):
     with the outputs that it won, in their order. The attribute `stage` tells which stage it is. A state dict of any
     stage loads into a layer of any stage, and takes it to its own; where the structures differ, parameters become new
     objects: build the optimizer afterwards.
+
+    Start: `from_linear` starts every candidate for itself, with the options that this takes in `pool_kwargs`, so that
+    each can win; the error of their sum is 0.05 by default, and 0.0 with a pool of exact ones, as "kan".
 
     Shape: (*, I) -> (*, O).
 
@@ -421,7 +434,7 @@ class SelectableKANLinear(_SelectableKAN):
         "kan 88.7, fast_kan 89.9, chebyshev_kan 91.3, wavelet_kan 93.5, nn.Conv2d 96.6 %. It does not lead.",
     ),
 )
-class SelectableKANConv2d(_SelectableKAN):
+class SelectableKANConv2d(_SelectableKAN, _FromConv2d):
     r"""KAN convolution whose every output channel picks its functions: $y_o = b_o + \sum_p w_{op} z^{(p)}_o(x)$.
 
     `SelectableKANLinear` with convolutions for candidates and output channels for nodes: stages, methods, weights and
@@ -443,7 +456,7 @@ class SelectableKANConv2d(_SelectableKAN):
         device: Where the parameters are.
         dtype: Of the parameters.
 
-    State: As of `SelectableKANLinear`.
+    State, and start by `from_conv2d`: As of `SelectableKANLinear`.
 
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 

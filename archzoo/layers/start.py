@@ -45,8 +45,8 @@ def fresh(cls: type[Layer], original: nn.Module, **options: Any) -> Layer:
 
     Raises:
         TypeError: If the original is neither an `nn.Linear` nor an `nn.Conv2d`, or the class has no such option.
-        ValueError: If the original is lazy, without sizes yet, or pads otherwise than the class can; if an option is
-            one that the original decides.
+        ValueError: If the original is lazy, without sizes yet, or on the meta device; if it pads otherwise than the
+            class can; if an option is one that the original decides.
     """
     sizes = (
         ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -57,6 +57,8 @@ def fresh(cls: type[Layer], original: nn.Module, **options: Any) -> Layer:
         raise TypeError(f"{type(original).__name__} is neither an nn.Linear nor an nn.Conv2d")
     if isinstance(original.weight, UninitializedParameter):
         raise ValueError(f"{type(original).__name__} has no sizes yet: give it an input first")
+    if original.weight.is_meta:
+        raise ValueError("device='meta': the original holds no numbers to start from; load its weights first")
     for key in options.keys() & {*sizes, "bias", "device", "dtype"}:
         raise ValueError(f"{key}={options[key]!r}: this is taken from the original layer; leave it out")
     arguments = {name: getattr(original, name) for name in sizes}

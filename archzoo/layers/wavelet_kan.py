@@ -1,12 +1,19 @@
 """Wav-KAN: KAN layers whose edges are wavelets (https://arxiv.org/abs/2405.12832), linear and convolutional."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from archzoo.kernels.wavelet import Wavelet, check_wavelet, wavelet_linear
+from archzoo.kernels.wavelet import Wavelet, check_wavelet, wavelet_linear, wavelet_reference
 from archzoo.kernels.wavelet_conv2d import wavelet_conv2d
 from archzoo.layers._kan import _KANConv2d, _KANLinear
+from archzoo.layers._start_kan import _FromLinear, _nearest, _normal, _on_edges
 from archzoo.registry import Card, register_layer
+
+# Of every edge in a start, in units of x. Twice as wide has half to a quarter of the error, and half of the slope, by
+# which scale and translation learn.
+_START_SCALES = {"dog": 4.0, "mexican_hat": 8.0, "morlet": 16.0}
 
 
 class _Wavelets(_KANLinear):
@@ -25,6 +32,20 @@ class _Wavelets(_KANLinear):
                 nn.init.uniform_(parameter, -bound, bound)
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.translation)
+
+    @torch.no_grad()
+    def _become(self, weight: Tensor) -> Tensor:
+        # Inputs see the middle of a flank of a wide wavelet. N(0, 1) turns a wavelet into one of its kind that is
+        # wider, s^2 + 1 for s^2, and whose zero is at 0 for these translations: so outputs have no offset.
+        scale = _START_SCALES[self.wavelet]
+        wider = scale**2 + 1
+        translation = {"dog": 0.0, "mexican_hat": -math.sqrt(wider), "morlet": math.pi / 10 * wider / scale}
+        nn.init.constant_(self.scale, scale)
+        nn.init.constant_(self.translation, translation[self.wavelet])
+        u = (_normal()[0] - self.translation.flatten()[0].cpu().double()) / scale  # as the dtype rounds it
+        c, deviation = _nearest([wavelet_reference(u, self.wavelet).expand(1, 1, -1)], "")
+        self.weight.copy_(_on_edges(weight, c).squeeze(2))
+        return deviation
 
     @property
     def _per_output(self) -> tuple[str, ...]:
@@ -50,7 +71,7 @@ class _Wavelets(_KANLinear):
         "MNIST was not run",
     ),
 )
-class WaveletKANLinear(_Wavelets):
+class WaveletKANLinear(_Wavelets, _FromLinear):
     r"""KAN layer on wavelets: $y_o = b_o + \sum_i w_{oi}\, \psi((x_i - t_{oi}) / s_{oi})$.
 
     Each edge has one wavelet of its own, with three parameters:
@@ -77,6 +98,9 @@ class WaveletKANLinear(_Wavelets):
 
     State: `weight` (O, I) and `bias` (O,) or None, drawn as in `nn.Linear`; `scale` (O, I), 1 at first, and
     `translation` (O, I), 0 at first, in units of x.
+
+    Start: `from_linear` gives all edges a wide wavelet, whose flank is nearly straight where the inputs are: `scale` 8,
+    4 or 16, and error 0.09, 0.07 or 0.05 for "mexican_hat", "dog" and "morlet".
 
     Shape: (*, I) -> (*, O).
 
@@ -139,6 +163,8 @@ class WaveletKANConv2d(_Wavelets, _KANConv2d):
 
     State: `weight`, `scale` and `translation` (O, C/groups, kh, kw), `bias` (O,) or None; at first as in
     `WaveletKANLinear` of C/groups kh kw inputs.
+
+    Start: `from_conv2d` is as `WaveletKANLinear.from_linear`.
 
     Shape: (N, C, H, W) -> (N, O, H', W'), or without N.
 
