@@ -25,6 +25,7 @@ GEMM unit would gain from rounding them. `torch.func` transforms and higher deri
 plain torch, which does make the (B, G, I) tensors.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -70,6 +71,103 @@ def _blocks(x: Tensor, groups: int, tied: bool) -> tuple[list[slice], list[slice
     )
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of the same leading axes. `torch.matmul` takes five times as long where a is one row of another tensor."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+
+
+def new_scratch(count: int, elements: int, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Memory of so many blocks, for a walk over blocks: fresh memory for each would cost more than what fills it."""
+    return [torch.empty(elements, dtype=dtype, device=like.device) for _ in range(count)]
+
+
+def _in(scratch: Tensor, z: Tensor, beta: Tensor) -> Tensor:
+    """A block in that memory."""
+    shape = (*beta.shape[:-2], *z.shape[-2:])
+    return scratch[: math.prod(shape)].view(shape)
+
+
+def tanh_sums(z: Tensor, twice_beta: Tensor, gamma: Tensor, features: int, scratch: list[Tensor]) -> Tensor:
+    """sum_i gamma x u of a block: half of what tanh + 1 adds to y.
+
+    Features are the last axis of a block of rows, and with `features=-2` the last but one, before rows that are pixels.
+
+    Args:
+        z: x, (b, i) or (..., 1, i, b).
+        twice_beta: 2 beta, (g, 1, i) or (..., g, i, 1).
+        gamma: (..., g, o, i), with o outputs for each row of beta.
+        features: -1 or -2.
+        scratch: Memory of one block.
+
+    Returns:
+        (g, b, o) or (..., g, o, b).
+    """
+    xu = torch.mul(twice_beta, z, out=_in(scratch[0], z, twice_beta)).sigmoid_().mul_(z)
+    if gamma.shape[-2] == 1:  # a product and a sum: as a GEMM with one column it would take ten times as long
+        return xu.mul_(gamma if features == -1 else gamma.mT).sum(features, keepdim=True)
+    return _product(xu, gamma.mT) if features == -1 else _product(gamma, xu)
+
+
+def add_tanh_gradients(
+    dx: Tensor | None,
+    dbeta: Tensor | None,
+    dgamma: Tensor | None,
+    dy: Tensor,
+    z: Tensor,
+    squares: Tensor,
+    twice_beta: Tensor,
+    gamma: Tensor,
+    features: int,
+    scratch: list[Tensor],
+) -> None:
+    """Adds the gradients of a block through `tanh_sums`, all but those of its constant share of alpha.
+
+    Args:
+        dx: (b, i) or (..., i, b); None if it is not needed, as the next two.
+        dbeta: (..., g, i).
+        dgamma: (..., g, o, i).
+        dy: In the layout of the sums.
+        z: As `tanh_sums` has it, and so is what follows.
+        squares: z * z.
+        twice_beta: As above.
+        gamma: As above.
+        features: As above.
+        scratch: Memory of three blocks.
+    """
+    w, u, v = (_in(memory, z, twice_beta) for memory in scratch[:3])  # (..., g, b, i) or (..., g, i, b), as all here
+    one = gamma.shape[-2] == 1  # then dy leaves the sums over rows and over g, and these are GEMMs
+    torch.sigmoid(torch.mul(twice_beta, z, out=w), out=u)
+    if dx is not None or dbeta is not None:
+        torch.addcmul(u, u, u, value=-1, out=v)
+        if not one:
+            c = _product(dy, gamma) if features == -1 else _product(gamma.mT, dy)
+        if dx is not None:
+            h = torch.addcmul(u, w, v, out=w)
+            if not one:
+                dx.add_(h.mul_(c).sum(-3), alpha=2)
+            elif features == -1:
+                rows = dy.squeeze(-1).t().unsqueeze(1)  # (b, 1, g)
+                dx.add_(torch.bmm(rows, h.mul_(gamma).transpose(0, 1)).squeeze(1), alpha=2)
+            elif h.shape[-3] == 1:
+                dx.addcmul_(h.mul_(dy).squeeze(-3), gamma.mT.squeeze(-3), value=2)
+            else:
+                dx.add_(h.mul_(dy).mul_(gamma.mT).sum(-3), alpha=2)
+        if dbeta is not None and one:
+            v.mul_(squares)
+            total = _product(dy.mT, v) if features == -1 else _product(dy, v.mT)
+            dbeta.addcmul_(total.squeeze(-2), gamma.squeeze(-2), value=4)
+        elif dbeta is not None:
+            dbeta.add_(v.mul_(c).mul_(squares).sum(-3 - features), alpha=4)
+    if dgamma is not None:
+        u.mul_(z)
+        dgamma.add_(_product(dy.mT, u) if features == -1 else _product(dy, u.mT), alpha=2)
+
+
+def _largest(*cuts: list[slice]) -> int:
+    """Rows and groups in the largest block, which is the first."""
+    return math.prod(cut[0].stop - cut[0].start if cut else 0 for cut in cuts)
+
+
 @torch.library.custom_op("archzoo::aptx_linear", mutates_args=())
 @without_autocast
 def aptx_linear_op(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,19 +185,15 @@ def aptx_linear_op(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor,
     twice_beta = (beta.to(wide) * 2).unsqueeze(1)
     by_group, y_by_group = gamma.reshape(groups, each, features), y.view(rows, groups, each).transpose(0, 1)
     row_blocks, group_blocks = _blocks(x, groups, tied=each > 1)
+    scratch = new_scratch(1, _largest(row_blocks, group_blocks) * features, x, wide)
     for b in row_blocks:
         z = x[b].to(wide)
         for g in group_blocks:
-            xu = (twice_beta[g] * z).sigmoid_().mul_(z)  # (g, b, i)
-            if each == 1:  # a product and a sum: as a GEMM with one column it would take ten times as long
-                total = xu.mul_(by_group[g]).sum(-1, keepdim=True)
-            else:
-                total = torch.bmm(xu, by_group[g].transpose(1, 2))
-            y_by_group[g, b].add_(total, alpha=2)
+            y_by_group[g, b].add_(tanh_sums(z, twice_beta[g], by_group[g], -1, scratch), alpha=2)
     return y.to(x.dtype)
 
 
-def _gradient(like: Tensor | None, x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def zeros_if_needed(like: Tensor | None, x: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros for a gradient; without elements if there is none to compute."""
     like = x if like is None else like
     return torch.zeros(like.shape if needed else (0,), dtype=dtype or like.dtype, device=like.device)
@@ -117,8 +211,12 @@ def aptx_linear_backward_op(
     groups, outputs = len(beta), len(gamma)
     each = outputs // groups
     dy, wide_gamma = dy.to(wide).contiguous(), gamma.to(wide)
-    dx, dalpha, dbias = _gradient(x, x, need_x, wide), _gradient(alpha, x, need_alpha), _gradient(bias, x, need_bias)
-    dbeta, dgamma = _gradient(beta, x, need_beta, wide), _gradient(gamma, x, need_gamma, wide)
+    dx, dalpha, dbias = (
+        zeros_if_needed(x, x, need_x, wide),
+        zeros_if_needed(alpha, x, need_alpha),
+        zeros_if_needed(bias, x, need_bias),
+    )
+    dbeta, dgamma = zeros_if_needed(beta, x, need_beta, wide), zeros_if_needed(gamma, x, need_gamma, wide)
     if need_bias:
         dbias.copy_(dy.sum(0))
     if alpha is not None:
@@ -140,23 +238,23 @@ def aptx_linear_backward_op(
     by_group, dy_by_group = wide_gamma.reshape(groups, each, features), dy.view(rows, groups, each).transpose(0, 1)
     dgamma_by_group = dgamma.view(groups, each, features) if need_gamma else dgamma
     row_blocks, group_blocks = _blocks(x, groups, tied=each > 1)
+    scratch = new_scratch(3, _largest(row_blocks, group_blocks) * features, x, wide)
     for b in row_blocks:
         z = x[b].to(wide)
+        squares = z * z if need_beta else z
         for g in group_blocks:
-            d = dy_by_group[g, b]
-            w = twice_beta[g] * z  # (g, b, i), as all that follows
-            u = w.sigmoid()
-            if need_x or need_beta:
-                v = torch.addcmul(u, u, u, value=-1)
-                c = d * by_group[g] if each == 1 else torch.bmm(d, by_group[g])
-                if need_x:
-                    dx[b].add_(torch.addcmul(u, w, v, out=w).mul_(c).sum(0), alpha=2)
-                if need_beta:
-                    dbeta[g].add_(v.mul_(c).mul_(z * z).sum(1), alpha=4)
-            if need_gamma:
-                u.mul_(z)
-                total = u.mul_(d).sum(1, keepdim=True) if each == 1 else torch.bmm(d.transpose(1, 2), u)
-                dgamma_by_group[g].add_(total, alpha=2)
+            add_tanh_gradients(
+                dx[b] if need_x else None,
+                dbeta[g] if need_beta else None,
+                dgamma_by_group[g] if need_gamma else None,
+                dy_by_group[g, b],
+                z,
+                squares,
+                twice_beta[g],
+                by_group[g],
+                -1,
+                scratch,
+            )
     return dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias
 
 
@@ -169,7 +267,7 @@ def _(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor
 def _(
     dy: Tensor, x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, needed: list[bool]
 ) -> Any:
-    return tuple(_gradient(t, x, need) for t, need in zip((x, alpha, beta, gamma, bias), needed, strict=True))
+    return tuple(zeros_if_needed(t, x, need) for t, need in zip((x, alpha, beta, gamma, bias), needed, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
@@ -191,15 +289,17 @@ aptx_linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @flop_formula(torch.ops.archzoo.aptx_linear)
-def _flops(x: Any, alpha: Any, beta: Any, gamma: Any, bias: Any, *args: Any, **kwargs: Any) -> int:
+def aptx_linear_flops(x: Any, alpha: Any, beta: Any, gamma: Any, bias: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs forward, from shapes."""
     (B, I), G, O = x, beta[0], gamma[0]  # noqa: E741
     return 6 * B * O * I if G == O else 3 * B * G * I + 4 * B * O * I
 
 
 @flop_formula(torch.ops.archzoo.aptx_linear_backward)
-def _backward_flops(
+def aptx_linear_backward_flops(
     dy: Any, x: Any, alpha: Any, beta: Any, gamma: Any, bias: Any, needed: list[bool], *args: Any, **kwargs: Any
 ) -> int:
+    """FLOPs of the gradients that are needed, from shapes."""
     (B, I), G, O = x, beta[0], gamma[0]  # noqa: E741
     need_x, need_alpha, need_beta, need_gamma, _ = needed
     shared, each = B * G * I, B * O * I

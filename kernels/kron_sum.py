@@ -56,9 +56,12 @@ def kron_linear_reference(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
 
 
 def _build(A: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
-    """H, summed in float32 at least and rounded once. With P = 1 or Q = 1 the transposing copy is none."""
+    """H, summed in float32 at least and rounded once. With P = 1 or Q = 1 there is no transposing copy."""
     (n, P, Q), (_, K, D) = A.shape, S.shape
     wide = compute_dtype(A, S)
+    if P == 1 and Q > 1 and K > 1:  # row by row: (Q, n) (n, D) for each k, which lands where it belongs
+        by_row = A.reshape(n, Q).to(wide).t().expand(K, Q, n)
+        return torch.bmm(by_row, S.to(wide).transpose(0, 1)).to(dtype).view(K, Q * D)
     H = A.reshape(n, P * Q).to(wide).t() @ S.reshape(n, K * D).to(wide)
     return H.to(dtype).view(P, Q, K, D).transpose(1, 2).reshape(P * K, Q * D)
 
@@ -80,10 +83,10 @@ def _blocks_last(x: Tensor, rows: int, width: int) -> Tensor:
     return x.view(x.shape[0], rows, width).transpose(0, 1).reshape(rows, x.shape[0] * width)
 
 
-def _groups(count: int, elements: int, like: Tensor) -> Iterator[slice]:
-    """Cuts `count` items of so many elements each into slices that fill a block, one item at least."""
+def _groups(count: int, elements: int, like: Tensor, least: int = 1) -> Iterator[slice]:
+    """Cuts `count` items of so many elements each into slices that fill a block, with so many items at least."""
     block = _GPU_BLOCK if like.is_cuda else _CPU_BLOCK
-    step = max(1, block // (like.element_size() * max(elements, 1)))
+    step = max(least, block // (like.element_size() * max(elements, 1)))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -215,7 +218,7 @@ def _factored(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
     rows = x.shape[0]
     A, S, x_blocks = A.to(x.dtype), S.to(x.dtype), _blocks_first(x, Q)
     total = torch.zeros(P, rows * K, dtype=compute_dtype(x), device=x.device)
-    for i in _groups(n, rows * Q * K, x):
+    for i in _groups(n, rows * Q * K, x, least=2):  # a GEMM that mixes two terms saves a pass over the sum
         terms = i.stop - i.start
         U = torch.bmm(x_blocks.expand(terms, -1, -1), S[i].transpose(1, 2)).view(terms * Q, rows * K)
         total += A[i].transpose(0, 1).reshape(P, terms * Q) @ U
@@ -234,7 +237,7 @@ def _factored_backward(
     x_blocks, dy_blocks = _blocks_first(x, Q), _blocks_first(dy, P)
     total = _gradient(x, need_x, compute_dtype(x)).zero_()
     dA, dS = _gradient(A, need_A), _gradient(S, need_S)
-    for i in _groups(n, rows * max(P * D, Q * K), x):
+    for i in _groups(n, rows * max(P * D, Q * K), x, least=2):
         terms = i.stop - i.start
         if need_x or need_A:
             V = torch.bmm(dy_blocks.expand(terms, -1, -1), S_like[i]).view(terms * P, rows * D)

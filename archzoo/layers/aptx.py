@@ -1,12 +1,13 @@
 """APTx: an activation (https://arxiv.org/abs/2209.06119), and the neuron made of it (https://arxiv.org/abs/2507.14270)."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.aptx_linear import aptx_linear
+from archzoo.layers.start import Start, check_original, copy_bias, fresh
 from archzoo.registry import Card, register_layer
 
 # E[(alpha + tanh(beta x))^2 x^2] for standard normal alpha, beta, x; the same for alpha = 1.
@@ -75,6 +76,34 @@ class APTx(nn.Module):
     def extra_repr(self) -> str:
         """Initial values, for `repr`."""
         return ", ".join(f"{name}={value:g}" for name, value in self.initial.items()) + f", trainable={self.trainable}"
+
+
+def _check_init(init: str) -> None:
+    if init not in ("scaled", "paper"):
+        raise ValueError(f"init={init!r}: must be 'scaled' or 'paper'")
+
+
+def _reset_neurons(
+    alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, init: str, fan_in: int
+) -> None:
+    """Initial values of APTx neurons of any kind; see `APTxLinear`."""
+    if alpha is not None:
+        nn.init.normal_(alpha)
+    nn.init.normal_(beta)
+    nn.init.normal_(gamma, std=1.0 if init == "paper" else 1 / math.sqrt(_SECOND_MOMENT * fan_in))
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+@torch.no_grad()
+def _copy_map(layer: nn.Module, original: nn.Linear | nn.Conv2d) -> None:
+    """alpha = 1, beta = 0, gamma = W: the linear map of the original. beta has a gradient there, for tanh'(0) is 1."""
+    for name, parameter in layer.named_parameters():
+        if name == "gamma":
+            parameter.copy_(original.weight)
+        elif name != "bias":
+            parameter.fill_(1.0 if name == "alpha" else 0.0)
+    copy_bias(layer, original)
 
 
 @register_layer(
@@ -151,8 +180,7 @@ class APTxLinear(nn.Module):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a positive integer")
-        if init not in ("scaled", "paper"):
-            raise ValueError(f"init={init!r}: must be 'scaled' or 'paper'")
+        _check_init(init)
         groups = out_features if beta_groups is None else beta_groups
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or out_features % groups:
             raise ValueError(f"beta_groups={beta_groups!r}: must be None or a divisor of out_features={out_features}")
@@ -170,13 +198,27 @@ class APTxLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the initial values again."""
-        if self.alpha is not None:
-            nn.init.normal_(self.alpha)
-        nn.init.normal_(self.beta)
-        variance = 1.0 if self.init == "paper" else 1 / (_SECOND_MOMENT * self.in_features)
-        nn.init.normal_(self.gamma, std=math.sqrt(variance))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _reset_neurons(self.alpha, self.beta, self.gamma, self.bias, self.init, self.in_features)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Start["APTxLinear"]:
+        """A layer that computes, to rounding, what an `nn.Linear` does: alpha = 1, beta = 0, gamma = W and its bias.
+
+        Args:
+            linear: The layer to start from; it is left alone.
+            options: Of this layer. `init` matters to `reset_parameters` only.
+
+        Returns:
+            The layer and its error, 0.0.
+
+        Raises:
+            TypeError: If `linear` is no `nn.Linear`, or an option is none of this layer's.
+            ValueError: If an option is out of range, or is one that `linear` decides.
+        """
+        check_original(linear, nn.Linear)
+        layer = fresh(cls, linear, **options)
+        _copy_map(layer, linear)
+        return Start(layer, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """APTx neurons of x (*, in) -> (*, out)."""

@@ -1,5 +1,7 @@
 """`nmu_product` against its definition: values, gradients without division, range, memory, and the tools of torch."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -324,3 +326,45 @@ def test_bad_shapes_are_refused():
         nmu_product(x[:, 1:], w)
     with pytest.raises(ValueError, match="floating point"):
         nmu_product(x.long(), w)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("low", "high", "divides"),
+    [
+        (0.7, 1.4, True),
+        (1.0, 2.0, True),
+        (0.0, 1.0, False),
+        (-2.0, 2.0, False),
+        (-2.0, -1.0, False),
+        (1e-3, 3.0, False),
+    ],
+)
+def test_gradients_by_division_and_by_scans_are_those_of_the_definition(small, low, high, divides, monkeypatch):
+    monkeypatch.setattr(nmu_module, "_SMALL", 2**60 if small else 0)
+    monkeypatch.setattr(nmu_module, "_TILE", 30)
+    x = (low + (high - low) * torch.rand(9, 40)).float()
+    w = torch.rand(7, 40)
+    x[0, :2], w[0, :2] = torch.tensor([low, high]), 1.0  # the ends, so that the range is the one that is named
+    assert nmu_module._may_divide(x, w, 40 if small else 16, 94.5 if small else 24.0) == divides
+    dy = torch.randn(9, 7)
+    truth = value_and_grads(nmu_product_reference, (x.double(), w.double()), dy.double())
+    for out, want in zip(value_and_grads(nmu_product, (x, w), dy), truth, strict=True):
+        assert rms_error(out, want) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nothing_is_divided_by_what_is_not_finite(bad):
+    x, w = torch.ones(4, 6), torch.full((3, 6), 0.5)
+    x[2, 3] = bad
+    assert not nmu_module._may_divide(x, w, 6, 94.5)
+
+
+@pytest.mark.parametrize("features", [1, 2, 3])
+def test_a_few_factors_agree_with_the_op(features):
+    x, w, dy = torch.randn(5, features).double(), torch.rand(4, features).double(), torch.randn(5, 4).double()
+    x[0], w[:2] = 0.0, 1.0  # several factors that are 0
+    few = value_and_grads(nmu_product, (x, w), dy)
+    for out, want in zip(few, value_and_grads(nmu_product_op, (x, w), dy), strict=True):
+        assert rms_error(out, want) < 1e-14
+    assert nmu_product(x.half(), w.half()).dtype == torch.float16

@@ -249,3 +249,43 @@ def test_repr_tells_all_options():
     assert repr(layer) == (
         "APTxLinear(in_features=5, out_features=12, bias=False, train_alpha=False, init='paper', beta_groups=3)"
     )
+
+
+# --- Starts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"train_alpha": False}, {"beta_groups": 4}, {"train_alpha": False, "beta_groups": 1}], ids=str
+)
+def test_starts_as_a_linear_layer(options, dtype, bias):
+    linear = nn.Linear(7, 12, bias, dtype=dtype).eval()
+    layer, error = APTxLinear.from_linear(linear, **options)
+    assert (error, layer.training, layer.gamma.dtype, layer.bias is not None) == (0.0, False, dtype, bias)
+    x = (3 * standard_normal(5, 7)).to(dtype)
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+    assert rms_error(layer(x), linear(x)) < bound
+    with torch.no_grad():
+        linear.weight.zero_()
+    assert layer.gamma.ne(0).all(), "the layer shares memory with the original"
+
+
+@pytest.mark.parametrize("options", [{}, {"train_alpha": False}, {"beta_groups": 4}], ids=str)
+def test_all_parameters_of_a_start_learn(options):
+    layer, _ = APTxLinear.from_linear(nn.Linear(7, 12), **options)
+    x, dy = standard_normal(5, 7), torch.randn(5, 12, generator=torch.Generator().manual_seed(6))
+    gradients = layer_value_and_grads(layer, x, dy)
+    for name, _ in layer.named_parameters():
+        assert gradients[name].ne(0).all(), name
+    by_row = (dy[:, :, None] * layer.gamma.detach() * x.square()[:, None]).sum(0)  # at tanh'(0) = 1
+    assert rms_error(gradients["beta"], by_row.unflatten(0, (len(layer.beta), -1)).sum(1)) < 1e-5
+
+
+def test_a_start_from_something_else_is_refused():
+    with pytest.raises(TypeError, match=r"Conv2d is not an nn\.Linear"):
+        APTxLinear.from_linear(nn.Conv2d(4, 6, 3))
+    with pytest.raises(ValueError, match=r"beta_groups=5"):
+        APTxLinear.from_linear(nn.Linear(7, 12), beta_groups=5)
+    with pytest.raises(ValueError, match=r"bias=False: this is taken from the original"):
+        APTxLinear.from_linear(nn.Linear(7, 12), bias=False)
