@@ -4,7 +4,8 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,10 @@ def build_model(
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of timm over the parameters that are trained; biases and norms are not decayed. Or `lbfgs`: torch's.
+    """An optimizer of timm over the parameters that are trained, or `lbfgs`: torch's.
+
+    Vectors, as biases and norms, are not decayed, nor what the `no_weight_decay()` of the model or of a module in it
+    names.
 
     Raises:
         ConfigError: If there is no such optimizer, or it does not take an option.
@@ -262,16 +266,33 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, names)}")
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
-        return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
-            model,
-            opt=config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **options,
-        )
+        with _asked_of_all(model):
+            return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
+                model,
+                opt=config.name,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                **options,
+            )
     except (TypeError, ValueError) as error:
         raise _refused("optimizer", vars(config), error) from error
+
+
+@contextmanager
+def _asked_of_all(model: nn.Module) -> Iterator[None]:
+    """Lets `model.no_weight_decay()`, which timm asks of the model alone, answer for the layers in it too."""
+    names = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if callable(method := getattr(module, "no_weight_decay", None))
+        for name in method()
+    }
+    vars(model)["no_weight_decay"] = lambda: names
+    try:
+        yield
+    finally:
+        del vars(model)["no_weight_decay"]
 
 
 def _build_lbfgs(config: OptimizerConfig, model: nn.Module) -> torch.optim.LBFGS:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from archzoo.training.build import build_optimizer
 from archzoo.training.callbacks import Callback
 from archzoo.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from archzoo.training.config import ConfigError
@@ -332,3 +333,22 @@ def test_a_stream_has_no_epochs():
 
     with pytest.raises(ValueError, match="has no epochs; set trainer.epochs=null trainer.steps="):
         Trainer(make_config(trainer={"steps": None, "epochs": 3}), Stream(), small_model())
+
+
+def test_what_a_layer_exempts_is_not_decayed():
+    class Exempt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rates, self.weight, self.bias = (nn.Parameter(torch.ones(size)) for size in [(2, 2), (2, 2), (2,)])
+
+        def no_weight_decay(self):
+            return {"rates"}
+
+    model = nn.Sequential(nn.Linear(2, 2), Exempt())
+    config = make_config(optimizer={"name": "adamw", "weight_decay": 0.1}).optimizer
+    decays = {
+        id(p): group["weight_decay"] for group in build_optimizer(config, model).param_groups for p in group["params"]
+    }
+    found = {name: decays[id(p)] for name, p in model.named_parameters()}
+    assert found == {"0.weight": 0.1, "0.bias": 0.0, "1.rates": 0.0, "1.weight": 0.1, "1.bias": 0.0}
+    assert not hasattr(model, "no_weight_decay")
