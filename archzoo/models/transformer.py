@@ -11,6 +11,8 @@ from archzoo.models.model import LayerFactory, check_kind, register_model
 from archzoo.models.vit import LayerMLP
 from archzoo.registry import layer_options
 
+_SOME_DIM = 720720  # a multiple of all small numbers, to see whether a mixer is causal
+
 
 class LayerAttention(nn.Module):
     """Causal self-attention of any layer of kind `linear`: one dim -> 3 dim, the heads, one dim -> dim.
@@ -156,16 +158,19 @@ class Transformer(nn.Module):
 
 
 def _causal(mixer: LayerFactory) -> LayerFactory:
-    """The mixer with `causal=True`. One that saw the tokens to be predicted would learn nothing, at no loss."""
+    """The mixer, causal. One that saw the tokens to be predicted would learn nothing, at no loss."""
     name, options = mixer.entry.name, mixer.options
-    if "causal" not in layer_options(name):
-        raise ValueError(
-            f"layer={name!r}: model 'transformer' predicts the next token and needs mixers that do not see it, and "
-            "this one has no option causal; use phm_attention, or a layer of kind 'linear'"
-        )
-    if not options.get("causal", True):
-        raise ValueError(f"causal={options['causal']}: model 'transformer' predicts the next token; leave it out")
-    return LayerFactory(name, {**options, "causal": True})
+    if "causal" in layer_options(name):
+        if not options.get("causal", True):
+            raise ValueError(f"causal={options['causal']}: model 'transformer' predicts the next token; leave it out")
+        return LayerFactory(name, {**options, "causal": True})
+    with torch.device("meta"):
+        if getattr(mixer(_SOME_DIM), "causal", False) is True:
+            return mixer
+    raise ValueError(
+        f"layer={name!r}: model 'transformer' predicts the next token and needs mixers that do not see it, and this "
+        "one is not causal and has no option for it; use phm_attention, or a layer of kind 'linear'"
+    )
 
 
 def _embedding(layer: LayerFactory, count: int, dim: int, kind: str, n: int | None) -> nn.Module:

@@ -171,7 +171,7 @@ def test_a_mixer_that_is_not_known_to_be_causal_is_refused(monkeypatch):
 
     entry = LayerEntry("mean", Mean, "mixer", Card("-", "-", 2000, "", "y = x", "-", "-"), False)
     monkeypatch.setitem(archzoo.registry._entries, "mean", entry)
-    with pytest.raises(ValueError, match="layer='mean': model 'transformer' .* has no option causal"):
+    with pytest.raises(ValueError, match="layer='mean': model 'transformer' .* is not causal and has no option for it"):
         build("mean")
 
 

@@ -1,0 +1,127 @@
+r"""One step of the selective scan, for decoding: $h \leftarrow e^{\Delta A} h + \Delta B x$, $y = C h + D x$, in place.
+
+Plain torch: a step is a dozen small operators, bound by their calls. The same function serves Mamba (state (batch, d,
+N)) and Mamba-2 (state (batch, heads, P, N)), and equals `selective_scan` at length 1.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.kernels._scan import check_shape
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    r"""Advances the state by a step, in place, and returns the output.
+
+    Delta = dt + dt_bias, then softplus if asked for; state = exp(Delta A) state + Delta B x;
+    out = (C state + D x) silu(z). Differentiable: where a gradient is asked for, the old state is copied first, so that
+    many steps can be trained through. Arithmetic is float32 at least.
+
+    Args:
+        state: (batch, d, N), or with heads (batch, H, P, N); updated in place.
+        x: (batch, d), or (batch, H, P).
+        dt: As x.
+        A: (d, N), or (H, P, N), real.
+        B: (batch, N), or (batch, G, N) where channel c has group c // (d / G), and head h has group h // (H / G).
+        C: As B.
+        D: (d,), or (H, P).
+        z: As x.
+        dt_bias: As D.
+        dt_softplus: Whether a softplus makes Delta positive.
+
+    Returns:
+        out, of the shape and dtype of x.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit the state; the message names the argument.
+    """
+    if state.dim() not in (3, 4) or not state.is_floating_point():
+        raise ValueError(
+            f"state of shape {tuple(state.shape)} and {state.dtype}: must be (batch, d, N) or (batch, H, P, N), "
+            "and real floating point"
+        )
+    batch, *channels, N = state.shape
+    if A.is_complex():
+        raise ValueError(f"A of {A.dtype}: must be real; no released model has a complex one")
+    for name, t, shape in (
+        ("x", x, (batch, *channels)),
+        ("dt", dt, (batch, *channels)),
+        ("A", A, (*channels, N)),
+        ("D", D, tuple(channels)),
+        ("z", z, (batch, *channels)),
+        ("dt_bias", dt_bias, tuple(channels)),
+    ):
+        check_shape(name, t, shape)
+    for name, t in (("B", B), ("C", C)):
+        G = t.shape[1] if t.dim() == 3 else 1
+        if t.shape not in ((batch, N), (batch, G, N)) or G < 1 or channels[0] % G or not t.is_floating_point():
+            raise ValueError(
+                f"{name} of shape {tuple(t.shape)} and {t.dtype}: must be (batch, N) = {(batch, N)} or (batch, G, N) "
+                f"with G a divisor of {channels[0]}, and real floating point"
+            )
+    return state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """`selective_state_update` of arguments that fit: checks take a tenth of a step's time."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
+    x_wide, delta = x.to(wide), dt.to(wide)
+    if dt_bias is not None:
+        delta = delta + dt_bias
+    if dt_softplus:
+        delta = F.softplus(delta)
+    B, C = _by_group(B.to(wide), state), _by_group(C.to(wide), state)
+    a = (delta.unsqueeze(-1) * A.to(wide)).exp_()
+    scaled = (delta * x_wide).unsqueeze(-1)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, dt, A, B, C, dt_bias)):
+        new = torch.addcmul(a * state.clone(), scaled, B)  # the copy is what the backward pass reads
+        state.copy_(new)
+    elif state.dtype == wide:
+        new = state.mul_(a).addcmul_(scaled, B)
+    else:
+        new = torch.addcmul(a * state, scaled, B)
+        state.copy_(new)
+    y = _sum_over_states(new, C)
+    if D is not None:
+        y = torch.addcmul(y, x_wide, D.to(wide))
+    if z is not None:
+        y = y * F.silu(z.to(wide))
+    return y.to(x.dtype)
+
+
+def _by_group(t: Tensor, state: Tensor) -> Tensor:
+    """B or C (batch, N) or (batch, G, N), in a shape that broadcasts to the state's."""
+    if t.dim() == 3 and t.shape[1] > 1:
+        t = t.repeat_interleave(state.shape[1] // t.shape[1], 1)
+    elif t.dim() == 2:
+        t = t.unsqueeze(1)
+    return t if state.dim() == 3 else t.unsqueeze(2)
+
+
+def _sum_over_states(state: Tensor, C: Tensor) -> Tensor:
+    if C.shape[1] == 1 and state.dim() == 3:
+        return torch.bmm(state, C.mT).squeeze(-1)
+    return (state * C).sum(-1)
