@@ -1,0 +1,77 @@
+"""What attention keeps of the tokens it has seen, so that a further one costs one token's work."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer, for one batch. Each layer of a model needs its own.
+
+    Memory grows by doubling: a token is copied about twice in all. A copy by `copy.deepcopy` goes its own way, as the
+    beams of a search do. For inference: what is in the cache has no gradient.
+
+    Attributes:
+        length: Number of tokens seen.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds tokens, and returns all there are.
+
+        Args:
+            keys: (B, L, heads, head_dim), turned and scaled as they are to be used.
+            values: Likewise.
+
+        Returns:
+            Keys and values (B, `length`, heads, head_dim), views of the cache.
+
+        Raises:
+            ValueError: If they need gradients, or are of another shape, dtype or device than those before.
+        """
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise ValueError("keys and values need gradients: a cache is for inference, under torch.no_grad()")
+        self._keys, self._values = self._room(self._keys, keys), self._room(self._values, values)
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replaces sequence i of the batch by sequence `rows[i]`; a row may be taken more than once, or left out."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+
+    def _room(self, memory: Tensor | None, new: Tensor) -> Tensor:
+        """Memory of which the first `length` tokens are those seen, with room for the new ones."""
+        batch, length, *head = new.shape
+        if memory is None:
+            return new.new_empty(batch, length, *head)
+        if (memory.shape[0], *memory.shape[2:]) != (batch, *head) or (memory.dtype, memory.device) != (
+            new.dtype,
+            new.device,
+        ):
+            raise ValueError(
+                f"tokens of shape {tuple(new.shape)}, {new.dtype} on {new.device}: the cache holds "
+                f"{self.length} of shape {tuple(memory[:, : self.length].shape)}, {memory.dtype} on {memory.device}"
+            )
+        if self.length + length <= memory.shape[1]:
+            return memory
+        larger = new.new_empty(batch, max(2 * memory.shape[1], self.length + length), *head)
+        larger[:, : self.length] = memory[:, : self.length]
+        return larger
+
+
+def one_each(cache: Sequence[KeyValueCache] | None, layers: int) -> Sequence[KeyValueCache | None]:
+    """A cache for each layer, or None for each; a ValueError if there are more or fewer."""
+    if cache is None:
+        return [None] * layers
+    if len(cache) != layers:
+        raise ValueError(f"cache of {len(cache)}: must be {layers}, one for each block, as new_cache() makes them")
+    return cache

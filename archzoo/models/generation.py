@@ -1,0 +1,106 @@
+"""Sampling from a language model, token by token: temperature, top-k, top-p and a seed, for any model with a cache."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def next_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws one token for each row of logits.
+
+    Args:
+        logits: (B, V).
+        temperature: Divides the logits; 0 takes the largest.
+        top_k: Draw from the k likeliest tokens only.
+        top_p: Draw from the fewest likeliest tokens whose probability adds up to at least this much.
+        generator: Source of randomness, on the logits' device; by default torch's global one.
+
+    Returns:
+        Token ids (B,).
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    _check(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    likely, ids = (logits.float() / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        likely, ids = likely[..., :top_k], ids[..., :top_k]
+    probabilities = likely.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        probabilities[..., 0] = probabilities[..., 0].clamp_min(torch.finfo(torch.float32).tiny)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, drawn).squeeze(-1)
+
+
+def stream(
+    step: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields the tokens that a model puts behind a prompt, as they are drawn.
+
+    Args:
+        step: Maps the ids (B, L) that it has not seen yet to the logits (B, V) of the token behind them; it keeps what
+            it needs of those before. Called with the prompt first, then with one token a time.
+        ids: The prompt (B, L), one token at least.
+        max_new_tokens: How many tokens to draw.
+        temperature: As in `next_tokens`, like `top_k` and `top_p`.
+        top_k: As there.
+        top_p: As there.
+        seed: The same seed draws the same tokens, whatever else draws random numbers; None: from torch's global state.
+
+    Yields:
+        Token ids (B,).
+
+    Raises:
+        ValueError: If the prompt is empty or an option out of range; at once, not with the first token.
+    """
+    _check(temperature, top_k, top_p)
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids of shape {tuple(ids.shape)}: must be a prompt (batch, length) of one token at least")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number, 0 or more")
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return _draw(step, ids, max_new_tokens, generator, options)
+
+
+def _draw(
+    step: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+    options: dict[str, float | int | None],
+) -> Iterator[Tensor]:
+    new = ids
+    for _ in range(max_new_tokens):
+        with torch.no_grad():  # not around the yield, where it would reach the caller
+            token = next_tokens(step(new), generator=generator, **options)  # type: ignore[arg-type]
+        yield token
+        new = token[:, None].to(ids.dtype)
+
+
+def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r}: must be a finite number, 0 or more")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k={top_k!r}: must be a whole number, 1 or more, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r}: must be above 0 and at most 1, or None")
