@@ -32,16 +32,19 @@ def layer_table() -> str:
 
 def result_table(record: dict[str, Any]) -> str:
     """One line a contestant, best first and smallest size first, and where the numbers come from."""
-    percent = record["metric"] == "accuracy"
+    percent, decibels = record["metric"] == "accuracy", record["metric"] == "psnr"
 
     def figure(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{100 * value:.{digits}f}" if percent else f"{value:.3g}"
+        if value is None:
+            return "–"
+        return f"{100 * value:.{digits}f}" if percent else f"{value:.2f}" if decibels else f"{value:.3g}"
 
     rows = record["rows"]
     bases = {row.get("size", ""): row for row in rows if row.get("baseline", row["label"] == "linear")}
     sized = any(row.get("size") for row in rows)
-    columns = ["", "layer", f"{record['metric']}{', %' if percent else ''} ± 95 % CI", "p", "parameters", "FLOPs"]
-    columns = [*(["size"] if sized else []), *columns, "step time"]
+    unit = ", %" if percent else ", dB" if decibels else ""
+    columns = [*(["size"] if sized else []), "", "layer", f"{record['metric']}{unit} ± 95 % CI"]
+    columns += [*(["p"] if bases else []), "parameters", "FLOPs", *(["step time"] if bases else [])]
     lines = ["| " + " | ".join(columns).replace("  ", " ") + " |", "|---" * len(columns) + "|"]
     for row in rows:
         deviation = "" if row["deviation"] is None else f" ({row['deviation']:+.1%})"
@@ -50,12 +53,18 @@ def result_table(record: dict[str, Any]) -> str:
         step = f"{row['step_time_s'] / base['step_time_s']:.1f}×" if base and row["step_time_s"] else "–"
         parameters, flops = ("–" if row[key] is None else f"{int(row[key]):,}" for key in ("parameters", "flops"))
         cells = [*([row["size"]] if sized else []), str(row["rank"] or "–"), f"`{row.get('series') or row['label']}`"]
-        cells += [f"{figure(row['mean'])} ± {figure(row['half_width'])}", p, parameters + deviation, flops, step]
+        cells += [f"{figure(row['mean'])} ± {figure(row['half_width'])}", *([p] if bases else [])]
+        cells += [parameters + deviation, flops, *([step] if bases else [])]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = (
-        "p: paired permutation test against `linear`, Holm-corrected; FLOPs: forward, of one example; step time: in "
-        f"units of `linear`'s{' of that size' if sized else ''}."
-    )
+    notes = "FLOPs: forward, of one example."
+    if bases:
+        of_that_size = " of that size" if sized else ""
+        base = next(iter(bases.values()))
+        label = base.get("layer", base["label"])
+        notes = (
+            f"p: paired permutation test against `{label}`{of_that_size}, Holm-corrected; {notes} Step time: in units "
+            f"of `{label}`'s{of_that_size}."
+        )
     return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
 
 
@@ -129,6 +138,10 @@ def provenance(record: dict[str, Any]) -> str:
 
 def comparison_table(record: dict[str, Any]) -> str:
     """The table that suits a recorded comparison."""
+    if record.get("kind") == "arithmetic":
+        from benchmarks.arithmetic_table import table as arithmetic_table
+
+        return arithmetic_table(record)
     if "formulas" in record:
         from benchmarks.kan_symbolic import table
 

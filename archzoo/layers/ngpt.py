@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.kernels._op import autocast_dtype, compute_dtype
+from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalized_residual import normalized_residual, unit
 from archzoo.layers._attention import attend, check_dropout, check_positive, check_tokens, head_sizes, positions_of
 from archzoo.layers._cache import KeyValueCache
@@ -351,7 +351,8 @@ class NormalizedBlock(nn.Module):
         mlp: `NormalizedMLP`.
         attn_alpha: What is stored of attention's α, (d,); `mlp_alpha` of the MLP's.
 
-    Shape: (batch, length, dim) -> (batch, length, dim). Under autocast the output has autocast's dtype.
+    Shape: (batch, length, dim) -> (batch, length, dim). Under autocast the output keeps the dtype of the input, as a
+    residual stream should.
 
     Raises:
         ValueError: As `NormalizedAttention` and `NormalizedMLP`, or if an initial value of α is not positive.
@@ -421,7 +422,6 @@ class NormalizedBlock(nn.Module):
     ) -> Tensor:
         """Maps (batch, length, dim) to the same; masks, positions and cache as in `NormalizedAttention`."""
         check_tokens(h, self.dim, self.attn_alpha)
-        h = h.to(autocast_dtype(h))
         branch = self.attn(h, attn_mask=attn_mask, position_ids=position_ids, cache=cache)
         h = normalized_residual(h, branch, self._used(self.attn_alpha))
         return normalized_residual(h, self.mlp(h), self._used(self.mlp_alpha))
