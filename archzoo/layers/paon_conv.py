@@ -39,7 +39,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     "paon_conv2d",
     kind="conv2d",
     nonlinear=True,
-    card=replace(_CARD, equation=_CARD.equation.replace("x^k", "* x^k"), reproduced="none of the papers' results yet"),
+    card=replace(
+        _CARD,
+        equation=_CARD.equation.replace("x^k", "* x^k"),
+        reproduced=(
+            "none of the papers' own tables. Fashion-MNIST at twice its resolution, three convolutions, 3 seeds"
+            " (experiment super_resolution): absolute [2/2] 22.59 dB, smooth [2/2] 22.33, ReLU 22.16 at equal depth,"
+            " and 23.11 with two more convolutions and fewer parameters than [2/2]"
+        ),
+    ),
 )
 class PaonConv2d(nn.Module):
     r"""Convolution by Padé neurons of degrees [M/N], with M + N weights per tap.
