@@ -49,8 +49,8 @@ __all__ = ["ALGEBRAS", "PHMLinear", "hypercomplex_rule", "share_rule_"]
         headline="Transformer, En-Vi: BLEU 28.43; with 1/n of the parameters, "
         "n = 2 / 4 / 8 / 16: 29.25 / 29.13 / 29.34 / 29.04",
         reproduced="none of the paper's tasks. Characters of Tiny Shakespeare by a small transformer (experiment "
-        "phm_text), 2 seeds, bits a character at equal width: nn.Linear 2.92, n = 2 3.05, n = 4 3.22, n = 8 3.27, mixing "
-        "3.13; at equal parameters 3.27 against 3.13 to 3.26. On random quaternion maps, 16 -> 16 (benchmark "
+        "phm_text), 2 seeds, bits a character at equal width: nn.Linear 2.92, n = 2 3.05, n = 4 3.22, n = 8 3.27, "
+        "mixing 3.13; at equal parameters 3.27 against 3.13 to 3.26. On random quaternion maps, 16 -> 16 (benchmark "
         "phm_recovery): with S known, A is found to 7e-7 (median of 10 seeds; the worst 2e-4); with both learned, the "
         "relative error is 1e-7 for the learned rule, 0.65 to 0.79 for 'mixing' (5 seeds)",
     ),
