@@ -188,14 +188,16 @@ def aptx() -> Iterator[Case]:
 
 def nmu() -> Iterator[Case]:
     for b, i, o, times in ((128, 256, 256, 8.0), (128, 100, 2, 1.0), (128, 2, 1, 1.0)):
-        yield Case(
-            "nmu",
-            f"{b} x {i} -> {o}",
-            0.5 + torch.rand(b, i),
-            {"ours": archzoo.create_layer("nmu", i, o), "textbook": TextbookNMU(i, o), "linear": nn.Linear(i, o)},
-            faster={"textbook": times},
-            peak=b * i * o / 8 * 4 if o > 2 else None,
-        )
+        # Where all factors are positive the gradient may divide; where inputs have both signs it may not.
+        for inputs, x in (("U(0.5, 1.5)", 0.5 + torch.rand(b, i)), ("N(0, 1)", torch.randn(b, i))):
+            yield Case(
+                f"nmu, inputs {inputs}",
+                f"{b} x {i} -> {o}",
+                x,
+                {"ours": archzoo.create_layer("nmu", i, o), "textbook": TextbookNMU(i, o), "linear": nn.Linear(i, o)},
+                faster={"textbook": times},
+                peak=b * i * o / 8 * 4 if o > 2 else None,
+            )
 
 
 def paon() -> Iterator[Case]:

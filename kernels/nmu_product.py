@@ -2,8 +2,8 @@ r"""Product of gated factors, the heart of the NMU: $y_{bo} = \prod_i (w_{oi} x_
 
 A factor is t = w x + (1 - w), with 1 - w rounded once: at w = 1 it is x to the last digit, however small x is. With
 E_boi the product of the factors of all j != i, dx_bi = sum_o dy_bo E_boi w_oi and dw_oi = sum_b dy_bo E_boi (x_bi - 1).
-E is (product before i) (product after i), finite where a factor is 0. It is (product of all) / t_boi, which is faster,
-only where the ranges of x and w leave no doubt: all factors positive, and their products far from under- and overflow.
+E is (product before i) (product after i), finite where a factor is 0. Of a block of factors it is (product of all) /
+t_boi, which is faster, only where that leaves no doubt: no factor 0, and all products far from under- and overflow.
 
 With B rows, I inputs and O outputs, no temporary is (B, O, I). Tiles of (B, O) are walked one by one, and within a tile
 chunks of about sqrt(I) factors. Forward: a running product. Backward: the products before each chunk ("marks") are made
@@ -155,16 +155,30 @@ def _gradient(like: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
     return torch.zeros(like.shape if needed else (0, 0), dtype=dtype, device=like.device)
 
 
-def _may_divide(x: Tensor, w: Tensor, count: int, powers: float) -> bool:
-    """Whether all factors are positive, and no product of so many of them leaves 2^-powers ... 2^powers.
-
-    A factor w x + 1 - w is linear in w and in x: the least and the largest are at ends of their ranges.
-    """
+def _extremes(x: Tensor, w: Tensor) -> tuple[float, float]:
+    """Bounds of the factors: w x + 1 - w is linear in w and in x, so that they are at ends of the ranges of both."""
     if x.is_cuda or not x.numel():  # on a GPU, to ask would be to wait
-        return False
+        return -math.inf, math.inf
     ends = [[end.item() for end in t.aminmax()] for t in (x, w)]
     corners = [1 - b + a * b for a in ends[0] for b in ends[1]]
-    return min(corners) > 2 ** (-powers / count) and max(corners) < 2 ** (powers / count)
+    return min(corners), max(corners)
+
+
+def _may_divide(x: Tensor, w: Tensor, count: int, powers: float) -> bool:
+    """Whether all factors are positive, and no product of so many of them leaves 2^-powers ... 2^powers."""
+    least, most = _extremes(x, w)
+    return least > 2 ** (-powers / count) and most < 2 ** (powers / count)
+
+
+def _least_divisible(x: Tensor, w: Tensor, count: int, dtype: torch.dtype) -> float:
+    """From what size on a product of so many factors, divided by one of them, is that of the others, but for rounding.
+
+    Then no factor is 0, and no partial product was too small to have all its digits: what came after it can have made
+    it larger by no more than the largest product there can be.
+    """
+    bound = max(1.0, *map(abs, _extremes(x, w)))
+    powers = count * math.log2(bound) + math.log2(torch.finfo(dtype).tiny) + 24
+    return 2**powers if powers < -math.log2(torch.finfo(dtype).tiny) - 24 else math.inf
 
 
 def _others(x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
@@ -192,7 +206,7 @@ def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) ->
     t_memory, e_memory, marks_memory = (
         _memory(depth, _orient(dy[tiles[0]], axes), wide) for depth in (chunks[0].stop, chunks[0].stop, len(chunks))
     )
-    may_divide = _may_divide(x, w, chunks[0].stop, 24.0)
+    divisible = _least_divisible(x, w, chunks[0].stop, wide)
     for b, o in tiles:
         tile = _orient(dy[b, o], axes)
         behind = torch.empty(tile.shape, dtype=wide, device=x.device).copy_(tile)  # dy and the factors behind
@@ -206,9 +220,9 @@ def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) ->
             x_chunk, w_chunk = _chunk(x[b, c], wide), _chunk(w[o, c], wide)
             t, e = (_part(memory, c.stop - c.start, tile) for memory in (t_memory, e_memory))
             _factors(x_chunk, w_chunk, axes, t)
-            if may_divide:
-                own = t.prod(0)
-                torch.div(marks[n].mul_(own).mul_(behind), t, out=e)
+            own = t.prod(0) if divisible < math.inf else None
+            if own is not None and own.abs().amin().item() >= divisible:
+                torch.div(own, t, out=e).mul_(marks[n].mul_(behind))
                 behind.mul_(own)
             else:
                 ts, es = t.unbind(), e.unbind()

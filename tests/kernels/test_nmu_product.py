@@ -368,3 +368,20 @@ def test_a_few_factors_agree_with_the_op(features):
     for out, want in zip(few, value_and_grads(nmu_product_op, (x, w), dy), strict=True):
         assert rms_error(out, want) < 1e-14
     assert nmu_product(x.half(), w.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_factors_of_both_signs_and_next_to_zero_leave_the_gradients_right(path, dtype):
+    """Where a block may be divided by its factors, the least of which are 1e-8, and where one of them is 0."""
+    torch.manual_seed(0)
+    x, w, dy = (
+        torch.randn(33, 24, dtype=dtype),
+        0.25 + 0.5 * torch.rand(20, 24, dtype=dtype),
+        torch.randn(33, 20).to(dtype),
+    )
+    for row in range(12):
+        x[row, row] = 1 - 1 / w[row, row]  # the factor is the rounding of this
+    x[20, 3], w[5, 3] = 0, 1  # the factor is 0
+    got = value_and_grads(nmu_product, (x, w), dy)
+    truth = value_and_grads(nmu_product_reference, (x.double(), w.double()), dy.double())
+    assert_close(got, truth, BOUNDS[dtype])
