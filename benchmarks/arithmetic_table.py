@@ -70,7 +70,8 @@ def arithmetic_record(folders: Iterable[Path], commands: Sequence[str] = ()) -> 
     return {
         "kind": "arithmetic",
         "commands": list(commands) or [f"python train.py experiment={folder.name}" for folder in folders],
-        "commit": {"commit": done[0]["git"]["commit"], "dirty": any(run["git"]["dirty"] for run in done)},
+        "commits": sorted({run["git"]["commit"] for run in done}),
+        "dirty": any(run["git"]["dirty"] for run in done),
         "machine": {key: value for key, value in done[0]["machine"].items() if key != "host"},
         "device": done[0]["device"],
         "threads": done[0]["threads"],
@@ -224,11 +225,11 @@ def table(record: dict[str, Any]) -> str:
                 errors = ["not finite" if row["mse"][n] is None else _short(row["mse"][n]) for n in lengths]
                 lines.append(_line([f"`{row['unit']}`", _short(row["steps"]), *errors, judged]))
             parts.append("\n".join(lines))
-    commit, versions = record["commit"], record["versions"]
+    commits, versions = " and ".join(commit[:10] for commit in record["commits"]), record["versions"]
     commands = ", ".join(f"`{command}`" for command in record["commands"])
-    changed = " with uncommitted changes" if commit["dirty"] else ""
+    changed = " with uncommitted changes" if record["dirty"] else ""
     notes = (
-        f"{commands}, commit {str(commit['commit'])[:10]}{changed}, {record['machine']['cores']} cores of "
+        f"{commands}, commit {commits}{changed}, {record['machine']['cores']} cores of "
         f"{record['machine']['cpu']}, torch {versions['torch']}, {record['threads']} thread; {record['wall_s']:.0f} s "
         "in all. Paper: arXiv 2001.05016, 100 seeds, up to 5e6 steps. Solved at and sparsity error: medians over the "
         "seeds that succeeded."
