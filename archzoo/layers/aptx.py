@@ -118,9 +118,9 @@ def _copy_map(layer: nn.Module, original: nn.Linear | nn.Conv2d) -> None:
         equation=r"y_o = \delta_o + \sum_i (\alpha_{oi} + \tanh(\beta_{oi} x_i)) \gamma_{oi} x_i",
         headline="MNIST: 96.69 % test accuracy at epoch 11, by 784-128-64-32 APTx and nn.Linear, 332 330 parameters",
         reproduced=(
-            "MNIST, the paper's network and settings, one seed, CPU: 96.62 % at epoch 11, 96.75 % at epoch 20."
-            " init='scaled', Adam 1e-3, StepLR(5, 0.25): 98.27 % at epoch 11; with beta_groups=8 98.13 % at epoch 6."
-            " A ReLU MLP of the same widths and a third of the parameters: 98.01 % at epoch 6"
+            "MNIST, 5,000 of the training images held out, one seed (experiments aptx_mnist, aptx_mnist_scaled): the"
+            " paper's network and settings 96.91 %; init='scaled', Adam 1e-3: 98.20 %, and 98.27 % with beta_groups=8."
+            " ReLU perceptrons at 1e-3: 98.00 % at these widths, 98.49 % with as many parameters"
         ),
     ),
 )
@@ -130,10 +130,10 @@ class APTxLinear(nn.Module):
     $y_o = \delta_o + \sum_i (\alpha_{oi} + \tanh(\beta_{oi} x_i)) \gamma_{oi} x_i$.
 
     Stands in for `nn.Linear` and needs no activation behind it. Parameters: out (3 in + 1), or out (2 in + 1) without
-    alpha. It evaluates a tanh for every input of every output of every example: some 25 to 30 times the time of
-    `nn.Linear` at 256 x 784 -> 128 on a CPU thread (measured, forward + backward), and 100 times on a GPU at the
-    roofline (computed). `beta_groups=G` shares beta among out / G outputs each; G = 1 and G = 8 take about 2.5 and 4.5
-    times the time of `nn.Linear` on that CPU, and are the practical choice.
+    alpha. It evaluates a tanh for every input of every output of every example: about 70 times the time of `nn.Linear`
+    at 256 x 784 -> 128 on a CPU thread (forward + backward, `python -m benchmarks neuron_speed`), and 100 times on a
+    GPU at the roofline (computed). `beta_groups=G` shares beta among out / G outputs each; G = 8 takes about 11 times
+    the time of `nn.Linear` on that CPU, and is the practical choice.
 
     alpha and beta start as N(0, 1), the bias at 0, gamma as N(0, 1 / (1.5217 in)) (a variance), which keeps the
     variance of a standard normal input. The paper's N(0, 1) for gamma lets 784 inputs give a standard deviation of

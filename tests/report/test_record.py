@@ -62,7 +62,7 @@ def test_every_marked_place_of_the_readme_gets_its_table(build, tmp_path, monkey
     def place(name):
         return f"<!-- {name}: python -m benchmarks readme -->\nstale\n<!-- end -->\n"
 
-    text = readme.render(f"a\n{place('layers')}b\n{place('results')}c\n{place('other')}d")
+    text = readme.render(f"a\n{place('layers')}b\n{place('digits')}c\n{place('other')}d")
     assert "stale" not in text
     assert readme.render(text) == text
     parts = text.split("<!-- end -->")
