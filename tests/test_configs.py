@@ -94,7 +94,14 @@ def first_of_each(sweep):
     return [f"{key}={top_level.split(str(values))[0]}" for key, values in sweep.items() if key not in ("layer", "seed")]
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+# Those of several sizes, or of large networks. The rest of the suite has their tasks, models and layers.
+LARGE = {"vikanformer_mnist", "selectable_kan_images", "super_resolution_params", "kan_autoencoder_mnist"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in options("experiment")],
+)
 def test_every_experiment_trains_a_step_of_each_contestant(name, tmp_path):
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     skip_without_data(re.findall(r"\w+", re.sub(r"(^|\s)#.*", "", text)))
