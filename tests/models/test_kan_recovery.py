@@ -42,6 +42,7 @@ def test_the_papers_toy_function_and_what_is_left_is_exact_in_float32_too():
     assert model.lambdify(x, tolerance=1e-3).rmse < 1e-5
 
 
+@pytest.mark.slow
 def test_noise_is_not_fitted_by_a_more_complicated_formula():
     x = samples()
     y = x[:, :1] * torch.exp(x[:, 1:])
@@ -90,6 +91,7 @@ def test_pruned_inputs_stay_so():
     assert str(model.formula(tolerance=1e-3)) == "x0*x2"
 
 
+@pytest.mark.slow
 def test_two_functions_in_a_row_are_found_where_one_does_not_do_and_a_line_where_it_does():
     model = KAN([2, 2, (0, 1), 1])
     chained = _structures(model, 24)
