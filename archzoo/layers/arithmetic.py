@@ -230,8 +230,8 @@ _OPTIONS = {
         equation=r"y_o = \sum_i \mathrm{clamp}(W_{oi}, -1, 1)\, x_i",
         headline="sum of two subsets of 100 inputs, extrapolation: solved by 100 of 100 seeds for + and for -",
         reproduced="sums and differences of 100 inputs, 3e4 steps (experiment arithmetic): 20 of 20 seeds each, median "
-        "1.7e4 and 5e3 steps (paper: 1.8e4 and 5e3). Sums of handwritten digits (experiment mnist_arithmetic): as good as "
-        "the exact sum for 1000 digits after 10 in training, 2 of 3 seeds",
+        "1.7e4 and 5e3 steps (paper: 1.8e4 and 5e3). Sums of handwritten digits (experiment mnist_arithmetic): as good "
+        "as the exact sum for 1000 digits after 10 in training, 2 of 3 seeds",
     ),
 )
 class NAU(_BoxedUnit):
