@@ -17,6 +17,8 @@ DT_INITS = ("random", "constant")
 class _Selective(nn.Module):
     """Parameters of a scan over d channels; a second set of them, for a scan backwards, ends in `_b`."""
 
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
     D: nn.Parameter
     A_log: nn.Parameter
 
@@ -109,8 +111,7 @@ class _Selective(nn.Module):
     def _scan_step(self, x: Tensor, z: Tensor | None, state: Tensor) -> Tensor:
         """y (batch, d), the state (batch, d, N) updated in place."""
         dt, B, C, A = self._selected(x)
-        bias: Tensor = self.dt_proj.bias  # type: ignore[assignment, union-attr]
-        return state_update(state, x, dt, A, B, C, self.D, z, bias, True)
+        return state_update(state, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would harm: A and D by their meaning, the step sizes' bias by its."""

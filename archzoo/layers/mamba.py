@@ -110,7 +110,7 @@ class SelectiveSSM(_Selective):
             state: (batch, dim, N) to go on from; it belongs to the sequence of the first token.
             return_state: Whether to return the last state too.
         """
-        check_tokens(x, self.dim, self.x_proj.weight)  # type: ignore[union-attr, arg-type]
+        check_tokens(x, self.dim, self.x_proj.weight)
         y, last = self._scan(x, None, seq_idx, state)
         y = y.to(autocast_dtype(y))
         return (y, last) if return_state else y
@@ -121,7 +121,7 @@ class SelectiveSSM(_Selective):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token x (batch, 1, dim), after a state (batch, dim, N), which is updated in place and returned."""
-        check_token(x, self.x_proj.weight, self.dim)  # type: ignore[union-attr, arg-type]
+        check_token(x, self.x_proj.weight, self.dim)
         check_shape("state", state, (x.shape[0], self.dim, self.d_state))
         y = self._scan_step(x.squeeze(1), None, state)
         return y.to(autocast_dtype(y)).unsqueeze(1), state

@@ -57,7 +57,7 @@ Module = TypeVar("Module", bound=nn.Module)
     card=Card(
         equation=r"y = W_o\, \mathrm{softmax}(\sqrt{k}\, \hat{q} \hat{k}^T) v, \quad \hat{q} = s_{qk} \circ N(R W_q x)",
         reproduced="nothing of the paper's size yet",
-        **NGPT_CARD,  # type: ignore[arg-type]
+        **NGPT_CARD,
     ),
 )
 class NormalizedAttention(nn.Module):
@@ -302,8 +302,8 @@ class NormalizedMLP(nn.Module):
         folded = _copy_folded(self)
         if self.up_scale is not None and self.gate_scale is not None:
             up_scale, gate_scale = self._scales(self.up_scale, self.gate_scale)
-            folded.up_proj = self.up_proj._fold(up_scale)  # type: ignore[assignment]
-            folded.gate_proj = self.gate_proj._fold(gate_scale)  # type: ignore[assignment]
+            folded.register_module("up_proj", self.up_proj._fold(up_scale))
+            folded.register_module("gate_proj", self.gate_proj._fold(gate_scale))
             folded.up_scale = folded.gate_scale = None
         return folded
 
@@ -319,7 +319,7 @@ class NormalizedMLP(nn.Module):
     card=Card(
         equation=r"h \leftarrow N(N(h) + |\alpha| \circ (N(f(h)) - N(h))), \quad f = \mathrm{Att}, \mathrm{MLP}",
         reproduced="nothing of the paper's size yet",
-        **NGPT_CARD,  # type: ignore[arg-type]
+        **NGPT_CARD,
     ),
 )
 class NormalizedBlock(nn.Module):

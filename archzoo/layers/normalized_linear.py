@@ -26,7 +26,7 @@ from archzoo.registry import Card, register_layer
 
 Normalize = Literal["in", "out"]
 
-NGPT_CARD = {
+NGPT_CARD: dict[str, Any] = {
     "title": "nGPT: Normalized Transformer with Representation Learning on the Hypersphere",
     "authors": "Ilya Loshchilov, Cheng-Ping Hsieh, Simeng Sun, Boris Ginsburg",
     "year": 2024,
@@ -42,7 +42,7 @@ NGPT_CARD = {
     card=Card(
         equation=r"y = \hat{W} x + b, \quad \hat{W}_i = W_i / \|W_i\|",
         reproduced="nothing of the layer alone; see `ngpt`",
-        **NGPT_CARD,  # type: ignore[arg-type]
+        **NGPT_CARD,
     ),
 )
 class NormalizedLinear(nn.Module):
@@ -252,11 +252,12 @@ def constrain_(model: nn.Module) -> None:
     Raises:
         ValueError: If there is no such layer.
     """
-    layers = [module for module in model.modules() if callable(getattr(module, "constrain_", None))]
-    if not layers:
+    methods = [getattr(module, "constrain_", None) for module in model.modules()]
+    found = [method for method in methods if callable(method)]
+    if not found:
         raise ValueError(f"no layer of the {type(model).__name__} has a constrain_(), so there is nothing to constrain")
-    for layer in layers:
-        layer.constrain_()  # type: ignore[operator]
+    for method in found:
+        method()
 
 
 def register_constraint(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:

@@ -174,8 +174,8 @@ class PHMTransformerBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws every layer anew."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        for module in (self.norm1, self.attention, self.norm2, self.fc1, self.fc2):
+            module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, dim) -> (batch, length, dim)."""

@@ -262,8 +262,13 @@ class PHMLSTM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws every cell anew."""
-        for cell in self.cells:
-            cell.reset_parameters()  # type: ignore[operator]
+        for index in range(len(self.cells)):
+            self._cell(index).reset_parameters()
+
+    def _cell(self, index: int) -> PHMLSTMCell:
+        cell = self.cells[index]
+        assert isinstance(cell, PHMLSTMCell)
+        return cell
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The last layer's outputs at every step, and every cell's last state."""
@@ -287,7 +292,7 @@ class PHMLSTM(nn.Module):
             for direction in range(directions):
                 index = directions * layer + direction
                 own = None if state is None else (state[0][index], state[1][index])
-                output, last = self.cells[index]._run(x, own, backwards=direction == 1)  # type: ignore[operator]
+                output, last = self._cell(index)._run(x, own, backwards=direction == 1)
                 outputs.append(output)
                 lasts.append(last)
             x = torch.cat(outputs, -1)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archzoo.report.stats import LEVEL, wilson
+
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-LEVEL = 0.95
-"""Of all intervals."""
 
 
 def summed_errors(output: Tensor, target: Tensor) -> Tensor:
@@ -20,8 +19,9 @@ def summed_errors(output: Tensor, target: Tensor) -> Tensor:
 
     A seed whose error is not finite adds nothing: the others go on.
     """
-    errors = (output - target).square().mean((0, 2))
-    return torch.where(errors.isfinite(), errors, 0.0).sum()
+    from archzoo.models.stacked import finite_sum
+
+    return finite_sum((output - target).square().mean((0, 2)))
 
 
 def seed_key(seed: int) -> str:
@@ -119,14 +119,11 @@ def sparsity_error(model: nn.Module) -> float | None:
 
 def rate(succeeded: int, count: int) -> dict[str, float]:
     """`successes`, `seeds`, and the rate `success` with the ends of Wilson's interval."""
-    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
-    share, spread = succeeded / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    low, high = wilson(succeeded, count)
     return {
-        "success": share,
-        "success_low": 0.0 if not succeeded else centre - half,
-        "success_high": 1.0 if succeeded == count else centre + half,
+        "success": succeeded / count,
+        "success_low": low,
+        "success_high": high,
         "successes": succeeded,
         "seeds": count,
     }
