@@ -214,7 +214,9 @@ def test_a_signal_stops_runs_side_by_side_too(tmp_path):
     assert process.returncode == 143, err
     assert [r["status"] for r in records(tmp_path).values()] == ["interrupted", "interrupted"], "the third never starts"
     # a run may have come to an evaluation before the signal: it then holds that checkpoint beside its last one
-    assert {p.parts[-3] for p in tmp_path.glob("*/checkpoints/step_*")} == {p.parent.name for p in tmp_path.glob("*/run.json")}
+    assert {p.parts[-3] for p in tmp_path.glob("*/checkpoints/step_*")} == {
+        p.parent.name for p in tmp_path.glob("*/run.json")
+    }
     assert "the same command goes on" in out
 
 
