@@ -1,7 +1,6 @@
 """What attention layers with rotary positions share: sizes, checks, masks and the cache."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,20 +8,7 @@ from torch.nn import functional as F
 
 from archzoo.kernels._op import autocast_dtype
 from archzoo.kernels.attention import attention
-from archzoo.layers._phm import check_dtype, check_whole
-
-
-def check_positive(**values: Any) -> None:
-    """A ValueError that names the first value that is not a finite number above 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r}: must be a finite number above 0")
-
-
-def check_dropout(dropout: Any) -> None:
-    """A ValueError unless it is a probability below 1."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
+from archzoo.layers._check import check_whole
 
 
 def head_sizes(dim: int, num_heads: int | None, head_dim: int | None, rotary: bool) -> tuple[int, int]:
@@ -44,13 +30,6 @@ def head_sizes(dim: int, num_heads: int | None, head_dim: int | None, rotary: bo
     if rotary and head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even, for rotary=True turns pairs of features")
     return heads, head_dim
-
-
-def check_tokens(x: Tensor, dim: int, weight: Tensor) -> None:
-    """A ValueError unless x is (batch, length, dim), in a dtype that goes with the weight's."""
-    if x.dim() != 3 or x.shape[-1] != dim:
-        raise ValueError(f"input of shape {tuple(x.shape)}: must be (batch, length, dim) with dim={dim}")
-    check_dtype(x, weight)
 
 
 def positions_of(x: Tensor, position_ids: Tensor | None, past: int) -> Tensor:

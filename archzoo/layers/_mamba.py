@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from archzoo.kernels.selective_scan import selective_scan
 from archzoo.kernels.selective_state_update import state_update
-from archzoo.layers._phm import check_whole
+from archzoo.layers._check import check_whole
 
 DT_INITS = ("random", "constant")
 

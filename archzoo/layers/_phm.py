@@ -201,13 +201,6 @@ def _of_rank(matrix: Tensor, rank: int) -> Tensor:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_whole(**values: Any) -> None:
-    """A ValueError that names the first value that is not a whole number, 1 or more."""
-    for name, value in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value}: must be a whole number, 1 or more, got {value!r}")
-
-
 def check_multiples(n: int, **sizes: int) -> None:
     """A ValueError unless every size is a multiple of n; it lists the n that all would be multiples of."""
     for name, value in sizes.items():
@@ -217,15 +210,6 @@ def check_multiples(n: int, **sizes: int) -> None:
             told = " and ".join(f"{key}={size}" for key, size in sizes.items())
             are = f"both {told} are multiples" if len(sizes) > 1 else f"{told} is a multiple"
             raise ValueError(f"{name}={value}: must be a multiple of n={n}; {are} of n = {fitting}")
-
-
-def check_dtype(x: Tensor, weight: Tensor) -> None:
-    """A ValueError unless x has the weight's dtype, or autocast will give both the same."""
-    if x.dtype != weight.dtype:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not (autocast and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)):
-            raise ValueError(f"input of {x.dtype}: must be {weight.dtype}, as the layer's parameters are")
 
 
 def _check_rule(rule: Any, learn_rule: bool | None, n: int) -> None:

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from archzoo.kernels._op import autocast_dtype
 from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels.causal_conv1d import causal_conv1d
-from archzoo.layers._attention import check_positive, check_tokens
+from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
 from archzoo.layers._mamba import _Selective, resolve_dt_rank
-from archzoo.layers._phm import check_dtype, check_whole
 from archzoo.registry import Card, register_layer
 
 State = tuple[Tensor, Tensor]
@@ -426,13 +425,6 @@ class MambaBlock(nn.Module):
     def extra_repr(self) -> str:
         """Where the sum is float32."""
         return f"residual_in_fp32={self.residual_in_fp32}" if self.residual_in_fp32 else ""
-
-
-def check_token(x: Tensor, weight: Tensor, dim: int) -> None:
-    """A ValueError unless x is one token (batch, 1, dim), in a dtype that goes with the weight's."""
-    if x.dim() != 3 or x.shape[1:] != (1, dim):
-        raise ValueError(f"token of shape {tuple(x.shape)}: must be (batch, 1, dim) with dim={dim}")
-    check_dtype(x, weight)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

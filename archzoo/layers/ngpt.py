@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalized_residual import normalized_residual, unit
-from archzoo.layers._attention import attend, check_dropout, check_positive, check_tokens, head_sizes, positions_of
+from archzoo.layers._attention import attend, head_sizes, positions_of
 from archzoo.layers._cache import KeyValueCache
-from archzoo.layers._phm import check_whole
+from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole
 from archzoo.layers._rotary import rotary_table, rotate
 from archzoo.layers.normalized_linear import (
     NGPT_CARD,

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalized_residual import EPS, unit
-from archzoo.layers._phm import check_dtype, check_whole
+from archzoo.layers._check import check_dtype, check_whole
 from archzoo.layers.start import Start, check_original, copy_bias, fresh
 from archzoo.registry import Card, register_layer
 

@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels.kron_sum import kron_linear
-from archzoo.layers._phm import (
-    ALGEBRAS,
-    _Hypercomplex,
-    check_dtype,
-    check_multiples,
-    check_whole,
-    hypercomplex_rule,
-    share_rule_,
-)
+from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._phm import ALGEBRAS, _Hypercomplex, check_multiples, hypercomplex_rule, share_rule_
 from archzoo.layers.start import Start, check_original, copy_bias, fresh, relative_error
 from archzoo.registry import Card, register_layer
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels.attention import self_attention
-from archzoo.layers._phm import check_dtype, check_multiples, check_whole, share_rule_
+from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._phm import check_multiples, share_rule_
 from archzoo.layers.phm import PHMLinear
 from archzoo.registry import Card, register_layer
 

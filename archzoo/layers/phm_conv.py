@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels._conv import check_input
+from archzoo.layers._check import check_dtype, check_whole
 from archzoo.layers._conv import as_pair, check_channels, check_padding, pad
-from archzoo.layers._phm import _Hypercomplex, check_dtype, check_multiples, check_whole
+from archzoo.layers._phm import _Hypercomplex, check_multiples
 from archzoo.layers.start import Start, check_original, copy_bias, fresh, relative_error
 from archzoo.registry import Card, register_layer
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.layers._phm import _Hypercomplex, check_multiples, check_whole
+from archzoo.layers._check import check_whole
+from archzoo.layers._phm import _Hypercomplex, check_multiples
 from archzoo.layers.phm import PHMLinear
 
 State = tuple[Tensor, Tensor]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.layers._attention import check_positive
 from archzoo.layers._cache import KeyValueCache, one_each
-from archzoo.layers._phm import check_whole
+from archzoo.layers._check import check_positive, check_whole
 from archzoo.layers.ngpt import NormalizedBlock
 from archzoo.layers.normalized_linear import NormalizedEmbedding, NormalizedLinear, check_ids
 from archzoo.models.generation import stream

@@ -9,13 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from archzoo.kernels.selective_scan import selective_scan_reference
-from archzoo.layers.mamba import (
-    Mamba,
-    MambaBlock,
-    SelectiveSSM,
-    seq_idx_from_cu_seqlens,
-    seq_idx_from_position_ids,
-)
+from archzoo.layers.mamba import Mamba, MambaBlock, SelectiveSSM, seq_idx_from_cu_seqlens, seq_idx_from_position_ids
 from tests.helpers import assert_all_close, layer_value_and_grads, rms_error
 
 OFFICIAL = {  # of mamba_ssm.Mamba(24, d_state=16, d_conv=4, expand=2), dt_rank = ceil(24 / 16) = 2
