@@ -1,9 +1,11 @@
-"""What attention keeps of the tokens it has seen, so that a further one costs one token's work."""
+"""What a mixer keeps of the tokens it has seen, so that a further one costs one token's work."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class KeyValueCache:
@@ -68,7 +70,71 @@ class KeyValueCache:
         return larger
 
 
-def one_each(cache: Sequence[KeyValueCache] | None, layers: int) -> Sequence[KeyValueCache | None]:
+class StateCache:
+    """The state of one recurrent mixer, as Mamba, for one batch: its size does not grow.
+
+    Attributes:
+        state: What the mixer's `forward` returns with `return_state=True`; None before the first token.
+    """
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def mix(self, mixer: nn.Module, x: Tensor) -> Tensor:
+        """The mixer's outputs (B, L, dim) for tokens x (B, L, dim) behind those that it has seen."""
+        if self.state is None or x.shape[1] != 1:
+            y: Tensor
+            y, self.state = mixer(x, state=self.state, return_state=True)
+            return y
+        states = self.state if isinstance(self.state, tuple) else (self.state,)
+        y, *states = mixer.step(x, *states)  # type: ignore[operator]
+        self.state = tuple(states) if isinstance(self.state, tuple) else states[0]
+        return y
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replaces sequence i of the batch by sequence `rows[i]`."""
+        if isinstance(self.state, tuple):
+            self.state = tuple(part[rows] for part in self.state)
+        elif self.state is not None:
+            self.state = self.state[rows]
+
+
+class InputCache:
+    """All inputs so far of one mixer that can only map whole sequences: a token costs what the whole text does.
+
+    Attributes:
+        inputs: (B, length, dim), None before the first token.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+
+    def mix(self, mixer: nn.Module, x: Tensor) -> Tensor:
+        """The mixer's outputs (B, L, dim) for tokens x (B, L, dim) behind those that it has seen."""
+        self.inputs = x if self.inputs is None else torch.cat([self.inputs, x], 1)
+        y: Tensor = mixer(self.inputs)[:, -x.shape[1] :]
+        return y
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replaces sequence i of the batch by sequence `rows[i]`."""
+        self.inputs = None if self.inputs is None else self.inputs[rows]
+
+
+Cache = KeyValueCache | StateCache | InputCache
+
+
+def cache_for(mixer: nn.Module) -> Cache:
+    """An empty cache of the kind that a mixer can use, the cheapest first."""
+    takes = inspect.signature(mixer.forward).parameters
+    if "cache" in takes:
+        return KeyValueCache()
+    return StateCache() if "return_state" in takes and hasattr(mixer, "step") else InputCache()
+
+
+C = TypeVar("C")
+
+
+def one_each(cache: Sequence[C] | None, layers: int) -> Sequence[C | None]:
     """A cache for each layer, or None for each; a ValueError if there are more or fewer."""
     if cache is None:
         return [None] * layers

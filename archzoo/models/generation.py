@@ -1,9 +1,70 @@
 """Sampling from a language model, token by token: temperature, top-k, top-p and a seed, for any model with a cache."""
 
+import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class CausalLM(nn.Module):
+    """A language model that reads a text piece by piece, and so can write: (batch, length) ids -> logits.
+
+    A subclass gives `new_cache` and `next_logits`.
+    """
+
+    @abstractmethod
+    def new_cache(self) -> list[Any]:
+        """An empty cache, a list of what each block keeps of the tokens it has seen.
+
+        A copy by `copy.deepcopy` goes its own way; `reorder(rows)` of each entry takes other sequences of the batch.
+        """
+
+    @abstractmethod
+    def next_logits(self, ids: Tensor, cache: list[Any]) -> Tensor:
+        """Logits (B, V) of the token behind ids (B, L), which follow those that the cache has seen."""
+
+    def for_inference(self) -> Self:
+        """A copy that computes the same, without dropout."""
+        return copy.deepcopy(self).eval()
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the tokens (B,) that follow a prompt (B, L), as they are drawn, by a copy of the model.
+
+        `torch.stack(list(model.generate(ids, 10)), 1)` are the next 10.
+
+        Args:
+            ids: The prompt (B, L), one token at least.
+            max_new_tokens: How many tokens to draw.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_k: Draw from the k likeliest tokens only; None: from all.
+            top_p: Draw from the fewest likeliest tokens whose probability adds up to at least this much.
+            seed: The same seed draws the same tokens; None: from torch's global state.
+
+        Raises:
+            ValueError: If the prompt is empty or an option out of range; at once, not with the first token.
+        """
+        model, cache = self.for_inference(), self.new_cache()
+        return stream(
+            lambda new: model.next_logits(new, cache),
+            ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
 
 
 def next_tokens(

@@ -1,7 +1,7 @@
 """NGPT, a language model on the hypersphere (https://arxiv.org/abs/2410.01131). Its parts: `archzoo/layers/ngpt.py`."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from archzoo.layers._cache import KeyValueCache, one_each
 from archzoo.layers._check import check_positive, check_whole
 from archzoo.layers.ngpt import NormalizedBlock
 from archzoo.layers.normalized_linear import NormalizedEmbedding, NormalizedLinear, check_ids
-from archzoo.models.generation import stream
+from archzoo.models.generation import CausalLM
 
 _REFERENCE = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "att_c_proj": "out_proj"}
 
 
-class NGPT(nn.Module):
+class NGPT(CausalLM):
     r"""nGPT: embedding of unit rows, `NormalizedBlock`s, and logits $z = s_z \circ W x$ with W of unit rows.
 
     At first each logit is a cosine, so that the loss is about log V. Train with Adam, without weight decay and warm-up,
@@ -111,7 +111,9 @@ class NGPT(nn.Module):
             position_ids: As there.
             cache: One for each block, of `new_cache`.
         """
-        h = self._states(ids, attn_mask, position_ids, cache)
+        return self._logits(self._states(ids, attn_mask, position_ids, cache))
+
+    def _logits(self, h: Tensor) -> Tensor:
         logits: Tensor = self.head(h) if self.logit_scale is None else self.head(h, self._used_logit_scale())
         return logits
 
@@ -136,30 +138,13 @@ class NGPT(nn.Module):
         """An empty cache for each block, to be given to `forward` with every piece of a sequence."""
         return [KeyValueCache() for _ in self.blocks]
 
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[Tensor]:
-        """Yields the tokens (B,) that follow a prompt (B, L), as they are drawn: by a folded copy, without dropout.
+    def next_logits(self, ids: Tensor, cache: Sequence[KeyValueCache]) -> Tensor:
+        """Logits (B, V) of the token behind ids (B, L), which follow those that the cache has seen."""
+        return self._logits(self._states(ids, cache=cache)[:, -1])
 
-        `torch.stack(list(model.generate(ids, 10)), 1)` are the next 10. Arguments as in `archzoo.models.generation`.
-        """
-        model, cache = self.fold(), self.new_cache()
-        return stream(
-            lambda new: model.head(model._states(new, cache=cache)[:, -1]),
-            ids,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+    def for_inference(self) -> "NGPT":
+        """A folded copy."""
+        return self.fold()
 
     @torch.no_grad()
     def fold(self) -> "NGPT":

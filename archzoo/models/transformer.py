@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         if not mixes:
             check_kind(layer, "transformer", "linear")
         else:
-            layer = _causal(layer)
+            layer = causal_mixer(layer, "transformer")
         if len(input_shape) != 1:
             raise ValueError(f"model 'transformer' takes tokens (length,), not inputs of shape {input_shape}")
         chosen = (width,) * depth if widths is None else tuple(widths)
@@ -157,19 +157,24 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def _causal(mixer: LayerFactory) -> LayerFactory:
-    """The mixer, causal. One that saw the tokens to be predicted would learn nothing, at no loss."""
+def causal_mixer(mixer: LayerFactory, model: str) -> LayerFactory:
+    """The mixer, causal. One that saw the tokens to be predicted would learn nothing, at no loss.
+
+    Raises:
+        ValueError: If the layer is of another kind, sees later tokens, or is told to by its options.
+    """
+    check_kind(mixer, model, "mixer")
     name, options = mixer.entry.name, mixer.options
     if "causal" in layer_options(name):
         if not options.get("causal", True):
-            raise ValueError(f"causal={options['causal']}: model 'transformer' predicts the next token; leave it out")
+            raise ValueError(f"causal={options['causal']}: model {model!r} predicts the next token; leave it out")
         return LayerFactory(name, {**options, "causal": True})
     with torch.device("meta"):
         if getattr(mixer(_SOME_DIM), "causal", False) is True:
             return mixer
     raise ValueError(
-        f"layer={name!r}: model 'transformer' predicts the next token and needs mixers that do not see it, and this "
-        "one is not causal and has no option for it; use phm_attention, or a layer of kind 'linear'"
+        f"layer={name!r}: model {model!r} predicts the next token and needs mixers that do not see it, and this "
+        "one is not causal and has no option for it; use attention or mamba"
     )
 
 

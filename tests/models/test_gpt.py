@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from archzoo.models.gpt import GPT, NORM_EPS, GatedMLP, RotaryAttention
+from archzoo.layers.attention import NORM_EPS, GatedMLP, RotaryAttention
+from archzoo.models.gpt import GPT
 from tests.helpers import rms_error
 
 V, DIM, DEPTH, HEADS = 17, 24, 2, 3
@@ -33,15 +34,15 @@ def plain_forward(net, ids):
     for i in range(DEPTH):
         p = {name.removeprefix(f"blocks.{i}."): t for name, t in state.items() if name.startswith(f"blocks.{i}.")}
         h = rms_norm(x, p["norm1.weight"])
-        q, k, v = ((h @ p[f"attn.{name}_proj.weight"].T).unflatten(-1, (HEADS, size)) for name in "qkv")
-        if "attn.q_norm.weight" in p:
-            q, k = rms_norm(q, p["attn.q_norm.weight"]), rms_norm(k, p["attn.k_norm.weight"])
+        q, k, v = ((h @ p[f"mixer.{name}_proj.weight"].T).unflatten(-1, (HEADS, size)) for name in "qkv")
+        if "mixer.q_norm.weight" in p:
+            q, k = rms_norm(q, p["mixer.q_norm.weight"]), rms_norm(k, p["mixer.k_norm.weight"])
         q, k = (
             torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
             for t in (q, k)
         )
         weights = (torch.einsum("blhd,bmhd->bhlm", q, k) / math.sqrt(size)).masked_fill(~past, -math.inf).softmax(-1)
-        x = x + torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2) @ p["attn.out_proj.weight"].T
+        x = x + torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2) @ p["mixer.out_proj.weight"].T
         h = rms_norm(x, p["norm2.weight"])
         u, gate = h @ p["mlp.up_proj.weight"].T, h @ p["mlp.gate_proj.weight"].T
         x = x + (u * gate * torch.sigmoid(gate)) @ p["mlp.down_proj.weight"].T
