@@ -1,4 +1,4 @@
-"""A decoder-only language model whose mixer and feed-forward net are chosen by name: attention, Mamba; gated, KAN, PHM."""
+"""A decoder-only language model whose mixer and feed-forward net are chosen by name, as Mamba and a KAN."""
 
 import math
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ class Decoder(CausalLM):
         mixer: Registry name of a layer of kind `mixer` that is causal, or can be made so.
         mlp: `"gated"`: SwiGLU, `GatedMLP`. Registry name of a layer of kind `linear`: two of them, with a GELU between
             those that are linear by themselves. None: blocks of the mixer alone, as Mamba's.
-        hidden_dim: Hidden width of every feed-forward net; by default 4 dim.
+        hidden_dim: Hidden width of the feed-forward nets, or of each block's; by default 4 dim.
         mixer_options: Options of the mixer, as `{"num_heads": 4}`.
         mlp_options: Options of the layers of the feed-forward net.
         dropout: Probability that a value behind a mixer or a feed-forward net is dropped in training.
@@ -138,6 +138,11 @@ class Decoder(CausalLM):
         check_dropout(dropout)
         self.vocab_size, self.dim = vocab_size, dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if mixer in ("ngpt", "ngpt_block"):
+            raise ValueError(
+                f"mixer={mixer!r}: is made for a state on the sphere, and this one is not; use "
+                "`archzoo.models.ngpt.NGPT`, or `archzoo.models.language_model.language_model(mixer='ngpt')`"
+            )
         make = causal_mixer(LayerFactory(mixer, mixer_options), "decoder")
         self.embed = nn.Embedding(vocab_size, dim, **factory)
         self.blocks = nn.ModuleList(
@@ -148,7 +153,7 @@ class Decoder(CausalLM):
                 dropout=dropout,
                 **factory,
             )
-            for hidden in _each(hidden_dim, dim, depth)
+            for hidden in hidden_widths(hidden_dim, dim, depth)
         )
         self.norm = nn.RMSNorm(dim, eps=NORM_EPS, **factory)
         self.head = nn.Linear(dim, vocab_size, bias=False, **factory)
@@ -242,8 +247,12 @@ def make_mlp(
     return LayerMLP(layer, layer, not layer.entry.nonlinear, dim, hidden_dim, **factory)
 
 
-def _each(hidden_dim: int | Sequence[int] | None, dim: int, depth: int) -> list[int]:
-    """The hidden width of each block."""
+def hidden_widths(hidden_dim: int | Sequence[int] | None, dim: int, depth: int) -> list[int]:
+    """The hidden width of each block: 4 dim, the given one, or those given one by one.
+
+    Raises:
+        ValueError: If one is no whole number, 1 or more, or there are more or fewer than blocks.
+    """
     if hidden_dim is None:
         return [4 * dim] * depth
     widths = list(hidden_dim) if isinstance(hidden_dim, Sequence) else [hidden_dim] * depth

@@ -11,6 +11,7 @@ from archzoo.layers._cache import KeyValueCache, one_each
 from archzoo.layers._check import check_positive, check_whole
 from archzoo.layers.ngpt import NormalizedBlock
 from archzoo.layers.normalized_linear import NormalizedEmbedding, NormalizedLinear, check_ids
+from archzoo.models.decoder import hidden_widths
 from archzoo.models.generation import CausalLM
 
 _REFERENCE = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "att_c_proj": "out_proj"}
@@ -28,7 +29,7 @@ class NGPT(CausalLM):
         dim: Size d of a token's vector.
         depth: Number of blocks.
         num_heads: As in `NormalizedAttention`.
-        hidden_dim: As in `NormalizedMLP`.
+        hidden_dim: As in `NormalizedMLP`; or that of each block.
         logit_scale_init: Where s_z starts.
         logit_scale_scale: Where what is stored of s_z starts; by default 1 / sqrt(dim).
         tie_embeddings: Whether W is the embedding. The paper's are two.
@@ -58,7 +59,7 @@ class NGPT(CausalLM):
         depth: int,
         *,
         num_heads: int | None = None,
-        hidden_dim: int | None = None,
+        hidden_dim: int | Sequence[int] | None = None,
         logit_scale_init: float = 1.0,
         logit_scale_scale: float | None = None,
         tie_embeddings: bool = False,
@@ -76,8 +77,8 @@ class NGPT(CausalLM):
         options: dict[str, Any] = {"reparametrize": reparametrize, "device": device, "dtype": dtype}
         self.embed = NormalizedEmbedding(vocab_size, dim, **options)
         self.blocks = nn.ModuleList(
-            NormalizedBlock(dim, num_heads=num_heads, hidden_dim=hidden_dim, **options, **block_arguments)
-            for _ in range(depth)
+            NormalizedBlock(dim, num_heads=num_heads, hidden_dim=hidden, **options, **block_arguments)
+            for hidden in hidden_widths(hidden_dim, dim, depth)
         )
         self.head = NormalizedLinear(dim, vocab_size, bias=False, **options)
         if tie_embeddings:
