@@ -25,6 +25,7 @@ OF_KIND = {
 FITTING = {
     "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
     "model=transformer": ["task=text"],
+    "model=decoder": ["task=text", "model.width=64"],
     "model=sequence_arithmetic": ["task=mnist_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
     "task=mnist_arithmetic": ["model=sequence_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
     "model=cnn": ["layer=conv2d", "budget.to=conv2d"],
@@ -33,6 +34,7 @@ FITTING = {
     "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
     "task=poisson": ["layer=kan", "budget.match=none"],
     "task=text": ["model=transformer"],
+    "task=char_lm": ["model=transformer"],
     "task=super_resolution": ["model=padenet", "layer=conv2d", "budget.to=conv2d"],
 }
 

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from archzoo.names import suggest
-from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id, validate
+from archzoo.training.config import (
+    RECIPE_GROUPS,
+    ConfigError,
+    TrainConfig,
+    asdict_plain,
+    from_plain,
+    run_id,
+    validate,
+)
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -118,6 +126,7 @@ def make_plan(argv: list[str]) -> Plan | None:
         base = _compose(args.config_name or "train", fixed, folder)
         if args.cfg:
             return None
+        _check_recipes(base.recipes, overrides)
         params = base.hydra.sweeper.get("params") or {}
         swept = parser.parse_overrides([f"{k}={v}" for k, v in params.items()]) + overrides
         _store_layers(swept, folder)
@@ -227,7 +236,11 @@ def to_config(composed: "DictConfig") -> TrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    name = composed.layer.get("name")
     try:
+        recipe = (composed.recipes or {}).get(name) or {}
+        if recipe:
+            composed = OmegaConf.merge(composed, recipe)  # type: ignore[assignment]
         plain: dict[str, Any] = {
             f.name: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
             for f in fields(TrainConfig)
@@ -235,7 +248,34 @@ def to_config(composed: "DictConfig") -> TrainConfig:
         }
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    return from_plain(plain)
+    return from_plain(plain | {"recipes": {}})
+
+
+def _check_recipes(recipes: "DictConfig | None", overrides: "list[Override]") -> None:
+    """Refuses recipes for layers that there are not, of what they may not set, or against the command line."""
+    from omegaconf import OmegaConf
+
+    if not recipes:
+        return
+    from archzoo.registry import list_layers
+
+    plain: Any = OmegaConf.to_container(recipes)
+    known, typed = list_layers(), {o.get_key_element().lstrip("+"): o.input_line for o in overrides}
+    for layer, recipe in plain.items():
+        if layer not in known:
+            raise ConfigError(f"recipes.{layer}: no such layer, {suggest(layer, known)}")
+        for group, settings in (recipe or {}).items():
+            if group not in RECIPE_GROUPS or not isinstance(settings, dict):
+                raise ConfigError(
+                    f"recipes.{layer}.{group}={settings}: a recipe holds settings of {', '.join(RECIPE_GROUPS)}, as "
+                    f"recipes.{layer}.optimizer.weight_decay=0"
+                )
+            for key, value in settings.items():
+                if (line := typed.get(f"{group}.{key}")) is not None:
+                    raise ConfigError(
+                        f"{line}: the recipe of layer {layer} sets {group}.{key}={value}; set "
+                        f"recipes.{layer}.{group}.{key} too, or drop the recipe by recipes.{layer}=null"
+                    )
 
 
 def _version_base() -> dict[str, Any]:

@@ -6,7 +6,7 @@ Nothing here imports torch: `python train.py --help` composes and prints these i
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -96,6 +96,8 @@ class SweepConfig:
     """How the runs of a comparison are treated."""
 
     retry_failed: bool = False
+    tune: list[str] = field(default_factory=list)
+    """Config keys, as `optimizer.lr`, of which the report shows every contestant at its best value."""
 
 
 @dataclass
@@ -116,6 +118,9 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    recipes: dict[str, Any] = field(default_factory=dict)
+    """Layer -> what of the configuration is set otherwise for it, as `{ngpt: {scheduler: {warmup: 0.0}}}`. Only the
+    command line knows of them: the configuration of a run is that with its layer's recipe in it, and has none."""
 
 
 _PARTS: dict[str, type] = {
@@ -127,6 +132,8 @@ _PARTS: dict[str, type] = {
     "sweep": SweepConfig,
 }
 
+RECIPE_GROUPS = ("optimizer", "scheduler", "trainer", "model", "callbacks")
+"""What a recipe may set: how a layer is trained and what is around it, never the task or the budget."""
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 SCHEDULERS = ("none", "cosine", "step", "multistep", "poly")
 # What does not change the numbers of a run, and so is not part of its identity.
@@ -139,6 +146,7 @@ NOT_IDENTITY = {
 def asdict_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as plain dictionaries, as it is recorded."""
     plain = asdict(config)
+    del plain["recipes"]
     if not config.budget.vary:  # younger than its neighbours: without it, a run keeps the id that it has always had
         del plain["budget"]["vary"]
     return plain
@@ -244,6 +252,36 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     yield from choice("tracker.wandb", config.tracker.wandb, ("offline", "online", "disabled"))
     if not config.tracker.project:
         yield "tracker.project: must not be empty, as tracker.project=archzoo"
+    yield from tuning_errors(config)
+
+
+def tuning_errors(config: TrainConfig) -> Iterator[str]:
+    """Keys of `sweep.tune` that are not there, or that no value of can be chosen: one line each."""
+    plain = asdict_plain(config)
+    deciding = set(_leaves(identity(plain)))
+    known = sorted(key for key in deciding - {"seed", "layer.name"} if not key.startswith("task."))
+    for key in config.sweep.tune:
+        if key in known:
+            continue
+        if key in deciding or key in _leaves(plain):
+            yield (
+                f"sweep.tune={key}: must be a setting that decides how a run ends and is not what is compared (seed, "
+                "task, layer.name), as sweep.tune=[optimizer.lr]"
+            )
+            continue
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        named = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        problem = "is a group of keys" if inside else "there is no such key"
+        yield f"sweep.tune={key}: {problem}; {suggest(key, inside or named or known)}"
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a nested configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def optimizer_errors(config: TrainConfig) -> Iterator[str]:
