@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,15 @@ def slope(seconds: float) -> dict[str, Any]:
     lengths = [512, 1024, 2048, 4096, 8192, 16384]
     calls = {str(length): step_of(ours, inputs(length)) for length in lengths}
     found = times(calls, seconds)
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (lengths, list(found.values())))
-    x = x - x.mean()
-    fitted = float((x * y).sum() / (x * x).sum())
+    fitted = exponent(lengths, list(found.values()))
     return {"what": "slope", "ms": {name: round(value, 1) for name, value in found.items()}, "slope": round(fitted, 3)}
+
+
+def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of values over lengths, both as logarithms, by least squares."""
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (lengths, values))
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
 
 
 def layers(dim: int) -> tuple[Mamba, Any]:
