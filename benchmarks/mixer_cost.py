@@ -8,28 +8,34 @@ last three. `--record` writes results/mixer_cost.json and draws docs/mixer_cost.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from archzoo.registry import create_layer
 from benchmarks._record import environment
-from benchmarks.mamba_speed import exponent, peak, times
+from benchmarks.mamba_speed import Call, exponent, peak, times
 
 RESULTS = Path(__file__).parent / "results" / "mixer_cost.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "mixer_cost.svg"
 LENGTHS = [2**k for k in range(8, 15)]
 
 
+def step(layer: nn.Module, x: Tensor, leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(layer(x), leaves, dy)
+
+
 def measure(mixers: list[str], dim: int, length: int, seconds: float) -> dict[str, Any]:
-    calls = {}
+    calls: dict[str, Call] = {}
     x, dy = torch.randn(1, length, dim), torch.randn(1, length, dim)
     for name in mixers:
         torch.manual_seed(0)
         layer = create_layer(name, dim)
         leaves = [x.requires_grad_(), *layer.parameters()]
-        calls[name] = lambda layer=layer, leaves=leaves: torch.autograd.grad(layer(x), leaves, dy)
+        calls[name] = partial(step, layer, x, leaves, dy)
         calls[name]()
     found = times(calls, seconds, rounds=2)
     held = {name: round(peak(call) / 2**20, 2) for name, call in calls.items()}

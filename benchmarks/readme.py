@@ -45,6 +45,8 @@ def result_table(record: dict[str, Any]) -> str:
     unit = ", %" if percent else ", dB" if decibels else ""
     columns = [*(["size"] if sized else []), "", "layer", f"{record['metric']}{unit} ± 95 % CI"]
     columns += [*(["p"] if bases else []), "parameters", "FLOPs", *(["step time"] if bases else [])]
+    equal = any(row.get("equal_score") and not row.get("baseline") for row in rows)
+    columns += ["steps to equal score", "seconds to equal score"] if equal else []
     lines = ["| " + " | ".join(columns).replace("  ", " ") + " |", "|---" * len(columns) + "|"]
     for row in rows:
         deviation = "" if row["deviation"] is None else f" ({row['deviation']:+.1%})"
@@ -55,6 +57,7 @@ def result_table(record: dict[str, Any]) -> str:
         cells = [*([row["size"]] if sized else []), str(row["rank"] or "–"), f"`{row.get('series') or row['label']}`"]
         cells += [f"{figure(row['mean'])} ± {figure(row['half_width'])}", *([p] if bases else [])]
         cells += [parameters + deviation, flops, *([step] if bases else [])]
+        cells += [_ratio(row, "steps"), _ratio(row, "seconds")] if equal else []
         lines.append("| " + " | ".join(cells) + " |")
     notes = "FLOPs: forward, of one example."
     if bases:
@@ -65,7 +68,48 @@ def result_table(record: dict[str, Any]) -> str:
             f"p: paired permutation test against `{label}`{of_that_size}, Holm-corrected; {notes} Step time: in units "
             f"of `{label}`'s{of_that_size}."
         )
+        if equal:
+            notes += (
+                f" Steps and seconds to equal score: to the best validation score of `{label}`{of_that_size} in the "
+                "same seed, in units of its own; seconds include evaluations."
+            )
+    notes += _tuned(rows)
     return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
+
+
+def _ratio(row: dict[str, Any], of: str) -> str:
+    """0.52× ± 0.05, or in how many seeds the score was reached."""
+    equal = row.get("equal_score")
+    if equal is None or row.get("baseline"):
+        return "–"
+    if equal["reached"] < len(equal["seeds"]) or equal["without_curve"]:
+        seeds = len(equal["seeds"]) + equal["without_curve"]
+        return f"reached in {equal['reached']} of {seeds} seeds"
+    mean, half = equal[of]["mean"], equal[of]["half_width"]
+    if mean is None:
+        return "–"
+    return f"{'≤ ' if equal['at_most'] else ''}{mean:.2f}×" + ("" if half is None else f" ± {half:.2f}")
+
+
+def _tuned(rows: list[dict[str, Any]]) -> str:
+    """A sentence on what was tuned: of every contestant what was chosen, of what, and what there is to mind."""
+    told = []
+    for row in rows:
+        if tuned := row.get("tuned"):
+            chosen = [trial["name"] for trial in tuned["trials"] if trial["chosen"]]
+            tried = ", ".join("/".join(trial["options"].values()) for trial in tuned["trials"])
+            words = f"`{row['label']}` {chosen[0] if chosen else 'undecided'} of {tried}"
+            told.append(words + (f" ({'; '.join(tuned['warnings'])})" if tuned["warnings"] else ""))
+    return f" Tuned by the validation score: {'; '.join(told)}." if told else ""
+
+
+def _tuned_tasks(rows: list[dict[str, Any]]) -> str:
+    """That every task has its own choices, which only the record has one by one, and how many are in doubt."""
+    choices = [row["tuned"] for row in rows if row.get("tuned")]
+    keys = sorted({key for tuned in choices for trial in tuned["trials"] for key in trial["options"]})
+    doubtful = sum(bool(tuned["warnings"]) for tuned in choices)
+    doubt = f" ({doubtful} of {len(choices)} choices have a warning in the report)" if doubtful else ""
+    return f" Tuned by the validation score, task by task: {', '.join(keys)}{doubt}." if keys else ""
 
 
 def task_table(record: dict[str, Any]) -> str:
@@ -105,6 +149,7 @@ def task_table(record: dict[str, Any]) -> str:
         if place["mean_rank"] is not None
     ]
     notes += f" Mean rank: {', '.join(places)}." if places else ""
+    notes += _tuned_tasks(rows)
     return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
 
 

@@ -9,7 +9,10 @@ from typing import Any
 from archzoo.report import load_comparison, rank
 from archzoo.report.load import Comparison
 from archzoo.report.ranking import Row, default_baseline, standings
+from archzoo.report.reaching import EqualScore
 from archzoo.report.scaling import Series, all_series
+from archzoo.report.stats import Interval
+from archzoo.report.tuning import Tuning
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,6 +80,49 @@ def _row(row: Row, part: Comparison) -> dict[str, Any]:
         "saved_bytes": row.saved_bytes,
         "statuses": dict(row.statuses),
         "figures": {name: asdict(figure) for name, figure in row.figures.items()},
+        "equal_score": _equal_score(row.equal) if row.equal else None,
+        "tuned": _tuned(row.tuning) if row.tuning else None,
+    }
+
+
+def _equal_score(equal: EqualScore) -> dict[str, Any]:
+    """Steps and seconds to the baseline's best validation score, in units of the baseline's own, seed by seed."""
+
+    def part(ratios: tuple[float | None, ...], mean: Interval | None) -> dict[str, Any]:
+        return {
+            "ratios": list(ratios),
+            "mean": mean.mean if mean else None,
+            "half_width": mean.half_width if mean else None,
+        }
+
+    return {
+        "seeds": list(equal.seeds),
+        "without_curve": equal.without_curve,
+        "reached": equal.reached,
+        "at_most": equal.at_most,
+        "base_steps": equal.base_steps,
+        "base_seconds": equal.base_seconds,
+        "steps": part(equal.step_ratios, equal.steps),
+        "seconds": part(equal.second_ratios, equal.seconds),
+    }
+
+
+def _tuned(tuning: Tuning) -> dict[str, Any]:
+    """What was tried, with the mean validation score over the seeds that are compared."""
+    return {
+        "seeds": list(tuning.seeds),
+        "trials": [
+            {
+                "name": trial.name,
+                "options": dict(trial.options),
+                "validation": trial.mean,
+                "seeds": sorted(trial.scores),
+                "chosen": trial.chosen,
+                "trouble": trial.trouble(),
+            }
+            for trial in tuning.trials
+        ],
+        "warnings": list(tuning.warnings),
     }
 
 
