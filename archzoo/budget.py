@@ -197,19 +197,29 @@ def match_widths(
     if target < smallest * (1 - tolerance):
         raise ValueError(f"the smallest reachable count is {smallest:,} ({name} {allowed})")
 
-    def bisect(widths_of: Callable[[int], tuple[int, ...]]) -> list[Match]:
-        """The last width not above the target and the first one above it, of a family that grows with k."""
+    def bisect(widths_of: Callable[[int], tuple[int, ...]], near: int = 1) -> list[Match]:
+        """The last width not above the target and the first one above it, of a family that grows with k.
+
+        The search begins at k = `near`, 1 or more: every count is of a model that has to be built.
+        """
 
         def reached(k: int) -> int | None:
             return counted(widths_of(allowed + k * step))
 
-        low, high = 0, 1
-        while (at_high := reached(high)) is not None and at_high <= target:
-            low, high = high, 2 * high
+        def within(k: int) -> bool:
+            return (at := reached(k)) is not None and at <= target
+
+        low = high = near
+        stride = 1
+        if within(near):
+            while within(high):
+                low, high, stride = high, high + stride, 2 * stride
+        else:
+            while low and not within(low):
+                low, high, stride = max(0, low - stride), low, 2 * stride
         while high - low > 1:
             middle = (low + high) // 2
-            at_middle = reached(middle)
-            low, high = (middle, high) if at_middle is not None and at_middle <= target else (low, middle)
+            low, high = (middle, high) if within(middle) else (low, middle)
         found = ((widths_of(allowed + k * step), reached(k)) for k in (low, high))
         return [Match(widths, at, target) for widths, at in found if at is not None]
 
@@ -219,10 +229,10 @@ def match_widths(
     near = range(-8, 9)
     others = [best]
     for first in (best.widths[0] + k * step for k in near if best.widths[0] + k * step >= allowed):
-        others += bisect(functools.partial(_widths, depth, first))
-    within = [m for m in others if abs(m.deviation) <= tolerance]
-    if within:
-        return min(within, key=lambda m: (max(m.widths) / min(m.widths), abs(m.deviation)))
+        others += bisect(functools.partial(_widths, depth, first), max(1, (best.widths[0] - allowed) // step))
+    close = [m for m in others if abs(m.deviation) <= tolerance]
+    if close:
+        return min(close, key=lambda m: (max(m.widths) / min(m.widths), abs(m.deviation)))
     return min(others, key=lambda m: abs(m.deviation))
 
 

@@ -71,7 +71,7 @@ def result_table(record: dict[str, Any]) -> str:
         if equal:
             notes += (
                 f" Steps and seconds to equal score: to the best validation score of `{label}`{of_that_size} in the "
-                "same seed, in units of its own; seconds include evaluations."
+                "same seed, in units of its own; seconds of training, without evaluations."
             )
     notes += _tuned(rows)
     return "\n".join([*lines, "", f"{provenance(record)} {notes}"])

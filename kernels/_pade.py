@@ -1,4 +1,4 @@
-r"""The rational function at the end of a Padé neuron, given its accumulators: forward and backward, for any shape.
+r"""What linear and convolutional Padé neurons share: the definition, and the rational function of the accumulators.
 
 With P = P_M, P_low = P_{M-1}, Q = Q_N, Q_low = Q_{N-1} (https://arxiv.org/abs/2403.11791):
 
@@ -6,14 +6,56 @@ With P = P_M, P_low = P_{M-1}, Q = Q_N, Q_low = Q_{N-1} (https://arxiv.org/abs/2
     absolute   y = P / (1 + |q_1| + ... + |q_N|)
 
 A Padé neuron needs no more than these: a linear and a convolutional layer differ in how they accumulate, and share
-this. The backward gives the gradients of the *terms* p_k, q_k, of which each side has two at most: that of the top
-degree, and that of all lower degrees, which enter P and P_low (Q and Q_low) alike. Everything is in the accumulators'
-dtype.
+this, for any shape. The backward gives the gradients of the *terms* p_k, q_k, of which each side has two at most: that
+of the top degree, and that of all lower degrees, which enter P and P_low (Q and Q_low) alike. Everything is in the
+accumulators' dtype.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from archzoo.kernels._op import compute_dtype
+
+
+def definition(
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor],
+    absolute: bool,
+    eps: float,
+) -> Tensor:
+    """The neuron's definition, in plain torch, in the dtype of x; its sums in float32 at least.
+
+    `product` is the linear map of a power of x and the weights of its degree; the bias w_0 broadcasts to what it gives.
+    """
+    wide = compute_dtype(x, numerator, denominator)
+    z = x.to(wide)
+
+    def terms(weight: Tensor | None) -> list[Tensor]:
+        found, power = [], z
+        for w in () if weight is None else weight.to(wide):
+            found.append(product(power, w))
+            power = power * z
+        return found
+
+    p, q = terms(numerator), terms(denominator)
+    w0 = 0.0 if bias is None else bias.to(wide)
+    P_low = w0 + sum(p[:-1]) if p else 0.0
+    P = P_low + p[-1] if p else w0
+    if not q:
+        y = P
+    elif absolute:
+        y = P / (1 + sum(t.abs() for t in q))
+    else:
+        Q_low = 1 + sum(q[:-1])
+        Q = Q_low + q[-1]
+        y = (Q * P + Q_low * P_low) / (Q * Q + Q_low * Q_low + (eps if len(q) > 1 else 0.0))
+    assert isinstance(y, Tensor)
+    return y.to(x.dtype)
 
 
 class TermGradients(NamedTuple):

@@ -62,34 +62,14 @@ def paon_conv2d_reference(
 
     The weights of a degree are (O, C/groups, kh, kw), or (C, O/groups, kh, kw) if transposed.
     """
-    wide = compute_dtype(x, numerator, denominator)
-    z = x.to(wide)
 
-    def terms(weight: Tensor | None) -> list[Tensor]:
-        found, power = [], z
-        for w in () if weight is None else weight.to(wide):
-            if transposed:
-                term = F.conv_transpose2d(power, w, None, stride, padding, output_padding, groups, dilation)
-            else:
-                term = F.conv2d(power, w, None, stride, padding, dilation, groups)
-            found.append(term)
-            power = power * z
-        return found
+    def product(power: Tensor, w: Tensor) -> Tensor:
+        if transposed:
+            return F.conv_transpose2d(power, w, None, stride, padding, output_padding, groups, dilation)
+        return F.conv2d(power, w, None, stride, padding, dilation, groups)
 
-    p, q = terms(numerator), terms(denominator)
-    w0 = torch.zeros(1, dtype=wide, device=x.device) if bias is None else bias.to(wide)[:, None, None]
-    P_low = w0 + sum(p[:-1]) if p else 0.0
-    P = P_low + p[-1] if p else w0
-    if not q:
-        y = P
-    elif absolute:
-        y = P / (1 + sum(t.abs() for t in q))
-    else:
-        Q_low = 1 + sum(q[:-1])
-        Q = Q_low + q[-1]
-        y = (Q * P + Q_low * P_low) / (Q * Q + Q_low * Q_low + (eps if len(q) > 1 else 0.0))
-    assert isinstance(y, Tensor)
-    return y.to(x.dtype)
+    w0 = None if bias is None else bias[:, None, None]
+    return _pade.definition(x, numerator, denominator, w0, product, absolute, eps)
 
 
 def _weights(numerator: Any, denominator: Any) -> Any:

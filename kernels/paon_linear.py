@@ -46,30 +46,7 @@ def paon_linear_reference(
     eps: float = 1e-6,
 ) -> Tensor:
     """The definition, in plain torch. x (*, I), numerator (M, O, I), denominator (N, O, I), bias (O,) -> (*, O)."""
-    wide = compute_dtype(x, numerator, denominator)
-    z = x.to(wide)
-
-    def terms(weight: Tensor | None) -> list[Tensor]:
-        powers, power = [], z
-        for w in () if weight is None else weight.to(wide):
-            powers.append(F.linear(power, w))
-            power = power * z
-        return powers
-
-    p, q = terms(numerator), terms(denominator)
-    w0 = 0.0 if bias is None else bias.to(wide)
-    P_low = w0 + sum(p[:-1]) if p else 0.0
-    P = P_low + p[-1] if p else w0
-    if not q:
-        y = P
-    elif absolute:
-        y = P / (1 + sum(t.abs() for t in q))
-    else:
-        Q_low = 1 + sum(q[:-1])
-        Q = Q_low + q[-1]
-        y = (Q * P + Q_low * P_low) / (Q * Q + Q_low * Q_low + (eps if len(q) > 1 else 0.0))
-    assert isinstance(y, Tensor)
-    return y.to(x.dtype)
+    return _pade.definition(x, numerator, denominator, bias, F.linear, absolute, eps)
 
 
 def _degree(weight: Any) -> int:

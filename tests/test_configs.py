@@ -14,7 +14,14 @@ from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 DATA = os.environ.get("ARCHZOO_DATA")
-STEP = ["trainer.steps=1", "trainer.epochs=null", "trainer.seconds=null", "tracker=none", "trainer.limit_batches=1"]
+STEP = [
+    "trainer.steps=1",
+    "trainer.epochs=null",
+    "trainer.seconds=null",
+    "tracker=none",
+    "trainer.limit_batches=1",
+    "trainer.eval_batch_size=8",  # which all scores can do with
+]
 NEEDS_DATA = {"mnist", "mnist_arithmetic", "fashion_mnist", "cifar10", "text"}
 # What a model or a task must be run with, where the default layer, model or budget do not go with it.
 OF_KIND = {
@@ -26,6 +33,7 @@ FITTING = {
     "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
     "model=transformer": ["task=text"],
     "model=decoder": ["task=text", "model.width=64"],
+    "model=mamba_lm": ["task=text", "layer=mamba", "budget.match=none", "model.width=64", "model.depth=1"],
     "model=sequence_arithmetic": ["task=mnist_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
     "task=mnist_arithmetic": ["model=sequence_arithmetic", "budget.match=none", "task.test_lengths=[10]"],
     "model=cnn": ["layer=conv2d", "budget.to=conv2d"],
@@ -34,6 +42,9 @@ FITTING = {
     "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
     "task=poisson": ["layer=kan", "budget.match=none"],
     "task=text": ["model=transformer"],
+    "task=selective_copying": ["model=decoder", "model.width=64"],
+    "task=induction_heads": ["model=decoder", "model.width=64"],
+    "task=associative_recall": ["model=decoder", "model.width=64"],
     "task=char_lm": ["model=transformer"],
     "task=super_resolution": ["model=padenet", "layer=conv2d", "budget.to=conv2d"],
 }

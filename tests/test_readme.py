@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from archzoo.training import cli
 from tests.helpers import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -32,17 +33,24 @@ TRAINER = [line.partition("#")[0].strip() for line in blocks("sh")[2].splitlines
 
 
 @pytest.mark.parametrize("command", TRAINER)
-def test_trainer_commands_compose(command, tmp_path):
+def test_trainer_commands_compose(command, tmp_path, monkeypatch, capsys):
     """Runs every command of the README up to its configuration; a wrong key or group fails."""
+    monkeypatch.chdir(tmp_path)
     arguments = command.replace("'", "").split("train.py ")[1].split()
     shown = [] if arguments[0].startswith("--") else ["--cfg", "job"]
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), *arguments, *shown],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
+    try:
+        code = cli.main([*arguments, *shown])
+    except SystemExit as stop:  # as Hydra does after --help
+        code = stop.code
+    assert not code
+    captured = capsys.readouterr()
+    assert captured.out, captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_is_the_trainers_command_line(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train.py"), "experiment=digits", "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 

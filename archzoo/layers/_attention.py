@@ -4,10 +4,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from archzoo.kernels._op import autocast_dtype
-from archzoo.kernels.attention import attention
+from archzoo.kernels.attention import attention, check_mask
 from archzoo.layers._check import check_whole
 
 
@@ -68,38 +67,21 @@ def attend(
     q, k, v = (t.to(autocast_dtype(t)).transpose(1, 2) for t in (q, k, v))
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     if attn_mask is None and (not causal or past == 0 or length == 1):
-        y = _show_nan(attention(q, k, v, causal=causal and past == 0, dropout=dropout), q, k)
+        y = attention(q, k, v, causal=causal and past == 0, dropout=dropout)
     else:
         mask, blind = _combine(q, k, causal, attn_mask)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        y = _show_nan(y, q, k).masked_fill(blind, 0.0)
+        y = attention(q, k, v, attn_mask=mask, dropout=dropout).masked_fill(blind, 0.0)
     return y.transpose(1, 2).flatten(-2)
-
-
-def _show_nan(y: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """NaN for tokens whose own query or key has one: torch's CPU kernel gives 0 where all scores of a token are NaN."""
-    if y.device.type != "cpu":
-        return y
-    own = k[:, :, k.shape[2] - q.shape[2] :]
-    norms = (torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True) for t in (q, own))  # faster than isnan().any()
-    return y.masked_fill(sum(norms).isnan(), math.nan)
 
 
 def _combine(q: Tensor, k: Tensor, causal: bool, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """One mask of both, in which every token may look somewhere, and which tokens had nowhere to look."""
-    batch, heads, length, total = *q.shape[:3], k.shape[2]
+    length, total = q.shape[2], k.shape[2]
     seen = torch.ones(length, total, dtype=torch.bool, device=q.device)
     if causal:
         seen = seen.tril(total - length)
     if attn_mask is not None:
-        fits = attn_mask.dim() <= 4 and all(
-            size in (1, full) for size, full in zip(attn_mask.shape[::-1], (total, length, heads, batch), strict=False)
-        )
-        if not fits or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-            raise ValueError(
-                f"attn_mask of shape {tuple(attn_mask.shape)} and {attn_mask.dtype}: must be of bool or floats, and "
-                f"broadcast to (batch, heads, length, tokens) = {(batch, heads, length, total)}"
-            )
+        check_mask(attn_mask, q, k)
         if attn_mask.is_floating_point():
             scores = attn_mask.to(q.dtype).masked_fill(~seen, -math.inf)
             blind = (scores == -math.inf).all(-1, keepdim=True)

@@ -36,8 +36,7 @@ class KeyValueCache:
         Raises:
             ValueError: If they need gradients, or are of another shape, dtype or device than those before.
         """
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError("keys and values need gradients: a cache is for inference, under torch.no_grad()")
+        _check_inference(keys, values)
         self._keys, self._values = self._room(self._keys, keys), self._room(self._values, values)
         end = self.length + keys.shape[1]
         self._keys[:, self.length : end] = keys
@@ -83,8 +82,8 @@ class StateCache:
     def mix(self, mixer: nn.Module, x: Tensor) -> Tensor:
         """The mixer's outputs (B, L, dim) for tokens x (B, L, dim) behind those that it has seen."""
         if self.state is None or x.shape[1] != 1:
-            y: Tensor
             y, self.state = mixer(x, state=self.state, return_state=True)
+            _check_inference(y)
             return y
         states = self.state if isinstance(self.state, tuple) else (self.state,)
         y, *states = mixer.step(x, *states)  # type: ignore[operator]
@@ -111,6 +110,7 @@ class InputCache:
 
     def mix(self, mixer: nn.Module, x: Tensor) -> Tensor:
         """The mixer's outputs (B, L, dim) for tokens x (B, L, dim) behind those that it has seen."""
+        _check_inference(x)
         self.inputs = x if self.inputs is None else torch.cat([self.inputs, x], 1)
         y: Tensor = mixer(self.inputs)[:, -x.shape[1] :]
         return y
@@ -129,6 +129,11 @@ def cache_for(mixer: nn.Module) -> Cache:
     if "cache" in takes:
         return KeyValueCache()
     return StateCache() if "return_state" in takes and hasattr(mixer, "step") else InputCache()
+
+
+def _check_inference(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("gradients are asked for: a cache is for inference, under torch.no_grad()")
 
 
 C = TypeVar("C")

@@ -1,4 +1,4 @@
-"""What selective state space layers share: the parameters of a scan, their start and their run."""
+"""What selective state space layers share: the parameters of a scan, their start and their run; the short filter."""
 
 import math
 from typing import Any, ClassVar
@@ -35,16 +35,15 @@ class _Selective(nn.Module):
         super().__init__()
         dt_min, dt_max, dt_init, dt_scale, dt_init_floor = dt
         check_whole(d_state=d_state)
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min={dt_min}, dt_max={dt_max}: must be positive, and dt_min at most dt_max")
+        check_step_sizes(dt_min, dt_max, dt_init_floor)
         if dt_init not in DT_INITS:
             raise ValueError(f"dt_init={dt_init!r}: must be one of {', '.join(map(repr, DT_INITS))}")
-        if not dt_scale > 0 or not dt_init_floor > 0:
-            raise ValueError(f"dt_scale={dt_scale}, dt_init_floor={dt_init_floor}: must be positive")
+        if not dt_scale > 0:
+            raise ValueError(f"dt_scale={dt_scale}: must be positive")
         self.d_inner, self.d_state = channels, d_state
         self.dt_min, self.dt_max, self.dt_init, self.dt_scale, self.dt_init_floor = dt
         self._factory = factory
-        self._float32 = {**factory, "dtype": torch.promote_types(factory["dtype"] or _default(), torch.float32)}
+        self._float32 = float32_at_least(factory)
 
     def _make_scan(self, dt_rank: int, suffix: str = "") -> None:
         """Adds the parameters of one scan, drawn as `_reset_scan` draws them."""
@@ -72,9 +71,7 @@ class _Selective(nn.Module):
         else:
             dt_proj.weight.uniform_(-spread, spread)
         D: Tensor = getattr(self, f"D{suffix}")
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = torch.empty_like(D).uniform_(low, high).exp_().clamp_(min=self.dt_init_floor)
-        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        dt_proj.bias.copy_(step_bias_like(D, self.dt_min, self.dt_max, self.dt_init_floor))
         A_log: Tensor = getattr(self, _a_log(suffix))
         A_log.copy_(torch.arange(1, self.d_state + 1, dtype=A_log.dtype, device=A_log.device).log())
         D.fill_(1)
@@ -123,8 +120,23 @@ def _a_log(suffix: str) -> str:
     return f"A{suffix}_log"  # A_b_log, as in Vision Mamba
 
 
-def _default() -> torch.dtype:
-    return torch.get_default_dtype()
+def float32_at_least(factory: dict[str, Any]) -> dict[str, Any]:
+    """Device and dtype of parameters that must not be rounded."""
+    return {**factory, "dtype": torch.promote_types(factory["dtype"] or torch.get_default_dtype(), torch.float32)}
+
+
+def check_step_sizes(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
+    """A ValueError unless step sizes can be drawn between them."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"dt_min={dt_min}, dt_max={dt_max}: must be positive, and dt_min at most dt_max")
+    if not dt_init_floor > 0:
+        raise ValueError(f"dt_init_floor={dt_init_floor}: must be positive")
+
+
+def step_bias_like(t: Tensor, dt_min: float, dt_max: float, dt_init_floor: float) -> Tensor:
+    """Biases from which a softplus makes step sizes that are drawn evenly on a logarithmic scale."""
+    dt = torch.empty_like(t).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_init_floor)
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
@@ -133,3 +145,47 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
         return math.ceil(dim / 16)
     check_whole(dt_rank=dt_rank)
     return int(dt_rank)
+
+
+# --- The short filter -------------------------------------------------------------------------------------------------
+
+
+def check_mask(mask: Tensor | None, batch: int, length: int) -> None:
+    """A ValueError unless mask is None or (batch, length)."""
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"mask of shape {tuple(mask.shape)}: must be (batch, length) = {(batch, length)}")
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (batch, length, d), zero where the mask (batch, length) is."""
+    return x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
+
+
+def last_inputs(u: Tensor, width: int, before: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """The last `width` inputs of the filter (batch, d, width), of the last sequence alone.
+
+    Args:
+        u: (batch, length, d).
+        width: Of the filter.
+        before: Such a state, from the tokens before; None: zeros.
+        seq_idx: (batch, length), of packed sequences.
+    """
+    if before is None:
+        before = u.new_zeros(u.shape[0], u.shape[2], width)
+    last = torch.cat([before, u.mT[..., -width:]], -1)[..., -width:]
+    if seq_idx is not None and seq_idx.shape[1] > 0:
+        owner = torch.cat([seq_idx[:, :1].expand(-1, width), seq_idx[:, -width:]], 1)[:, -width:]
+        last = last.masked_fill((owner != seq_idx[:, -1:]).unsqueeze(1), 0)
+    return last.contiguous()
+
+
+def filter_step(u: Tensor, state: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The filter's output with its SiLU for one input u (batch, d); the state (batch, d, W) is updated in place."""
+    window = torch.cat([state[..., 1:], u.unsqueeze(-1).to(state.dtype)], -1)
+    state.copy_(window)
+    weight = conv.weight.squeeze(1)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, window.dtype), torch.float32)
+    v = torch.linalg.vecdot(window.to(wide), weight.to(wide))
+    if conv.bias is not None:
+        v = v + conv.bias
+    return F.silu(v).to(u.dtype)

@@ -18,7 +18,8 @@ from archzoo.kernels._op import autocast_dtype
 from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels.causal_conv1d import causal_conv1d
 from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
-from archzoo.layers._mamba import _Selective, resolve_dt_rank
+from archzoo.layers._mamba import _Selective, check_mask, filter_step, last_inputs, masked, resolve_dt_rank
+from archzoo.layers.mamba2 import Mamba2
 from archzoo.registry import Card, register_layer
 
 State = tuple[Tensor, Tensor]
@@ -265,8 +266,7 @@ class Mamba(_Selective):
         check_tokens(x, self.dim, self.in_proj.weight)
         batch, length, _ = x.shape
         check_seq_idx(seq_idx, batch, length)
-        if mask is not None and mask.shape != (batch, length):
-            raise ValueError(f"mask of shape {tuple(mask.shape)}: must be (batch, length) = {(batch, length)}")
+        check_mask(mask, batch, length)
         if state is not None or return_state:
             self._check_causal()
         if state is not None:
@@ -278,7 +278,9 @@ class Mamba(_Selective):
             back, _ = self._branch(u.flip(1), z.flip(1), seq_idx, mask, None, self._suffixes[-1])
             y = (y + back.flip(1)) / 2  # a sum is known to overflow in float16
         y = self.out_proj(y)
-        return (y, (self._conv_state(u, seq_idx, mask, state), last)) if return_state else y
+        if not return_state:
+            return y
+        return y, (last_inputs(masked(u, mask), self.d_conv, None if state is None else state[0], seq_idx), last)
 
     def _branch(
         self,
@@ -293,19 +295,9 @@ class Mamba(_Selective):
         conv: nn.Conv1d = getattr(self, f"conv1d{suffix}")
         conv_state, ssm_state = (None, None) if state is None else state
         v = causal_conv1d(
-            _masked(u, mask).mT, conv.weight.squeeze(1), conv.bias, "silu", seq_idx=seq_idx, initial_state=conv_state
+            masked(u, mask).mT, conv.weight.squeeze(1), conv.bias, "silu", seq_idx=seq_idx, initial_state=conv_state
         ).mT
-        return self._scan(_masked(v, mask), z, seq_idx, ssm_state, suffix)  # the bias has made values of zeros
-
-    def _conv_state(self, u: Tensor, seq_idx: Tensor | None, mask: Tensor | None, state: State | None) -> Tensor:
-        """The last inputs of the convolution, of the last sequence alone."""
-        W = self.d_conv
-        before = u.new_zeros(u.shape[0], self.d_inner, W) if state is None else state[0]
-        last = torch.cat([before, _masked(u, mask).mT[..., -W:]], -1)[..., -W:]
-        if seq_idx is not None and seq_idx.shape[1] > 0:
-            owner = torch.cat([seq_idx[:, :1].expand(-1, W), seq_idx[:, -W:]], 1)[:, -W:]
-            last = last.masked_fill((owner != seq_idx[:, -1:]).unsqueeze(1), 0)
-        return last.contiguous()
+        return self._scan(masked(v, mask), z, seq_idx, ssm_state, suffix)  # the bias has made values of zeros
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
@@ -332,14 +324,7 @@ class Mamba(_Selective):
         check_shape("conv_state", conv_state, (x.shape[0], self.d_inner, self.d_conv))
         check_shape("ssm_state", ssm_state, (x.shape[0], self.d_inner, self.d_state))
         u, z = self.in_proj(x.squeeze(1)).chunk(2, -1)
-        window = torch.cat([conv_state[..., 1:], u.unsqueeze(-1).to(conv_state.dtype)], -1)
-        conv_state.copy_(window)
-        weight = self.conv1d.weight.squeeze(1)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, window.dtype), torch.float32)
-        v = torch.linalg.vecdot(window.to(wide), weight.to(wide))
-        if self.conv1d.bias is not None:
-            v = v + self.conv1d.bias
-        y = self._scan_step(F.silu(v).to(u.dtype), z, ssm_state)
+        y = self._scan_step(filter_step(u, conv_state, self.conv1d), z, ssm_state)
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
     def _check_causal(self) -> None:
@@ -360,34 +345,41 @@ class MambaBlock(nn.Module):
 
     Args:
         dim: Size of a token.
+        mixer: `"mamba"` or `"mamba2"`.
         norm_eps: Epsilon of the norm.
         residual_in_fp32: Whether the sum, and so what flows from block to block, is float32 at least.
         device: Of the parameters.
-        dtype: As in `Mamba`.
-        mamba_arguments: Everything else that `Mamba` takes.
+        dtype: As in the mixer.
+        mixer_arguments: Everything else that `Mamba` or `Mamba2` takes.
 
     Shape: (batch, length, dim) -> (batch, length, dim).
 
     Raises:
-        ValueError: As `Mamba`.
+        ValueError: If there is no such mixer; and as the mixer.
     """
+
+    mixer: Mamba | Mamba2
 
     def __init__(
         self,
         dim: int,
         *,
+        mixer: str = "mamba",
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **mamba_arguments: Any,
+        **mixer_arguments: Any,
     ):
         super().__init__()
+        mixers: dict[str, type[Mamba | Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
         check_whole(dim=dim)
         check_positive(norm_eps=norm_eps)
+        if mixer not in mixers:
+            raise ValueError(f"mixer={mixer!r}: must be one of {', '.join(map(repr, mixers))}")
         self.residual_in_fp32 = residual_in_fp32
         self.norm = nn.RMSNorm(dim, eps=norm_eps, device=device, dtype=dtype)
-        self.mixer = Mamba(dim, device=device, dtype=dtype, **mamba_arguments)
+        self.mixer = mixers[mixer](dim, device=device, dtype=dtype, **mixer_arguments)
 
     def reset_parameters(self) -> None:
         """Draws both modules anew."""
@@ -395,21 +387,21 @@ class MambaBlock(nn.Module):
         self.mixer.reset_parameters()
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, State]:
-        """As `Mamba.forward`, with all its arguments."""
+        """As the mixer's `forward`, with all its arguments."""
         y = self.mixer(self._normed(x), **arguments)
         if isinstance(y, tuple):
             return self._sum(x, y[0]), y[1]
         return self._sum(x, y)
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Mamba.step`."""
+        """As the mixer's `step`."""
         y, conv_state, ssm_state = self.mixer.step(self._normed(x), conv_state, ssm_state)
         return self._sum(x, y), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """As `Mamba.allocate_inference_cache`."""
+        """As the mixer's `allocate_inference_cache`."""
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
 
     def no_weight_decay(self) -> set[str]:
@@ -425,10 +417,6 @@ class MambaBlock(nn.Module):
     def extra_repr(self) -> str:
         """Where the sum is float32."""
         return f"residual_in_fp32={self.residual_in_fp32}" if self.residual_in_fp32 else ""
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
 
 
 def seq_idx_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -1,7 +1,8 @@
 """NPU and RealNPU: products of any real or complex powers of the inputs (https://arxiv.org/abs/2006.01681)."""
 
 import math
-from typing import Any, NoReturn
+from abc import abstractmethod
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,77 @@ _REFUSED = (
 )
 
 
+class _PowerUnit(nn.Module):
+    """What both units share: sizes, gate, bias and start. They differ in the exponents: real or complex."""
+
+    _complex: ClassVar[bool]
+    """Whether the exponents have an imaginary part, `weight_im`."""
+
+    weight_im: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_sizes(in_features, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        if self._complex:
+            self.weight_im = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.gate = nn.Parameter(torch.empty(in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the real weight anew, from torch's global generator; an imaginary one is zero, the gates half open."""
+        nn.init.xavier_uniform_(self.weight)
+        if self._complex:
+            self.weight_im.zero_()
+        self.gate.fill_(0.5)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> NoReturn:
+        """Refuses: a product is no sum.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(_REFUSED.format(cls.__name__))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, in_features) -> (*, out_features)."""
+        _check_input(x, self.in_features, self.weight)
+        log_modulus, phase = self._polar_product(*_polar(x, self.gate))
+        y = _as_linear_gives(log_modulus.exp() * phase.cos(), x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @abstractmethod
+    def _polar_product(self, log_r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm of the modulus, and the phase, of the products of powers of the inputs."""
+
+    def extra_repr(self) -> str:
+        """Sizes and bias."""
+        return _shown(self)
+
+
+def _polar(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of the modulus, and the phase in radians, of each gated input."""
+    eps = torch.finfo(gate.dtype).eps
+    x = _wide(x)
+    g = _clamp(gate.to(x.dtype), 0, 1)
+    return (g * (x.abs() + eps) + 1 - g).log(), math.pi * g * (x < 0)
+
+
 @register_layer(
     "real_npu",
     kind="linear",
@@ -42,7 +114,7 @@ _REFUSED = (
         r"\quad k = \pi g\,[x < 0]",
     ),
 )
-class RealNPU(nn.Module):
+class RealNPU(_PowerUnit):
     r"""Neural power unit with a real weight: the real part of a product of any powers, $\prod_i x_i^{W_{oi}}$.
 
     A gate g in [0, 1] per input replaces an input that is not used by 1: $r = g (|x| + \epsilon) + 1 - g$,
@@ -60,60 +132,10 @@ class RealNPU(nn.Module):
         ValueError: If a size is wrong, or in `forward` the input's last size or dtype.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        _check_sizes(in_features, out_features)
-        self.in_features, self.out_features = in_features, out_features
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.gate = nn.Parameter(torch.empty(in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        self.reset_parameters()
+    _complex = False
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws the weight anew, from torch's global generator, and opens the gates half."""
-        nn.init.xavier_uniform_(self.weight)
-        self.gate.fill_(0.5)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **options: Any) -> NoReturn:
-        """Refuses: a product is no sum.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(_REFUSED.format(cls.__name__))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.weight)
-        log_r, k = _polar(x, self.gate)
-        y = _exact_linear(log_r, self.weight).exp() * _exact_linear(k, self.weight).cos()
-        y = _as_linear_gives(y, x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes and bias."""
-        return _shown(self)
-
-
-def _polar(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm of the modulus, and the phase in radians, of each gated input."""
-    eps = torch.finfo(gate.dtype).eps
-    x = _wide(x)
-    g = _clamp(gate.to(x.dtype), 0, 1)
-    return (g * (x.abs() + eps) + 1 - g).log(), math.pi * g * (x < 0)
+    def _polar_product(self, log_r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return _exact_linear(log_r, self.weight), _exact_linear(k, self.weight)
 
 
 @register_layer(
@@ -125,7 +147,7 @@ def _polar(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         equation=r"y = \exp(\log r\, W^T - k V^T) \odot \cos(k W^T + \log r\, V^T)",
     ),
 )
-class NPU(nn.Module):
+class NPU(_PowerUnit):
     r"""Neural power unit with a complex weight W + iV.
 
     $y = \exp(\log r\, W^T - k V^T) \odot \cos(k W^T + \log r\, V^T)$; r, k, the gate and eps are those of `RealNPU`,
@@ -143,52 +165,8 @@ class NPU(nn.Module):
         ValueError: If a size is wrong, or in `forward` the input's last size or dtype.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        _check_sizes(in_features, out_features)
-        self.in_features, self.out_features = in_features, out_features
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.weight_im = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.gate = nn.Parameter(torch.empty(in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        self.reset_parameters()
+    _complex = True
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws the real weight anew, from torch's global generator; the imaginary one is zero, the gates half open."""
-        nn.init.xavier_uniform_(self.weight)
-        self.weight_im.zero_()
-        self.gate.fill_(0.5)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **options: Any) -> NoReturn:
-        """Refuses: a product is no sum.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(_REFUSED.format(cls.__name__))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.weight)
-        log_r, k = _polar(x, self.gate)
+    def _polar_product(self, log_r: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         log_modulus = _exact_linear(log_r, self.weight) - _exact_linear(k, self.weight_im)
-        phase = _exact_linear(k, self.weight) + _exact_linear(log_r, self.weight_im)
-        y = _as_linear_gives(log_modulus.exp() * phase.cos(), x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes and bias."""
-        return _shown(self)
+        return log_modulus, _exact_linear(k, self.weight) + _exact_linear(log_r, self.weight_im)

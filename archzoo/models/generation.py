@@ -1,7 +1,7 @@
 """Sampling from a language model, token by token: temperature, top-k, top-p and a seed, for any model with a cache."""
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """A language model that reads a text piece by piece, and so can write: (batch, length) ids -> logits.
 
     A subclass gives `new_cache` and `next_logits`.
@@ -27,8 +27,9 @@ class CausalLM(nn.Module):
         """Logits (B, V) of the token behind ids (B, L), which follow those that the cache has seen."""
 
     def for_inference(self) -> Self:
-        """A copy that computes the same, without dropout."""
-        return copy.deepcopy(self).eval()
+        """What computes the same without dropout: the model itself in evaluation mode, else a copy of it."""
+        training = any(module.training for module in self.modules())
+        return copy.deepcopy(self).eval() if training else self
 
     def generate(
         self,
@@ -40,7 +41,9 @@ class CausalLM(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the tokens (B,) that follow a prompt (B, L), as they are drawn, by a copy of the model.
+        """Yields the tokens (B,) that follow a prompt (B, L), as they are drawn, without dropout.
+
+        A model in training mode is copied first; call `eval()` of a large one.
 
         `torch.stack(list(model.generate(ids, 10)), 1)` are the next 10.
 
@@ -93,16 +96,19 @@ def next_tokens(
     _check(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    likely, ids = (logits.float() / temperature).sort(-1, descending=True)
-    if top_k is not None:
-        likely, ids = likely[..., :top_k], ids[..., :top_k]
-    probabilities = likely.softmax(-1)
+    scores = logits.float()
+    # The largest is 0, so that none overflows; a temperature that float32 has not is as good as the least it has.
+    scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    ids: Tensor | None = None
+    if top_k is not None or top_p is not None:
+        count = scores.shape[-1] if top_k is None else min(top_k, scores.shape[-1])
+        scores, ids = scores.topk(count)  # in descending order
+    probabilities = scores.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-        probabilities[..., 0] = probabilities[..., 0].clamp_min(torch.finfo(torch.float32).tiny)
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # never the first, before which is nothing
     drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return ids.gather(-1, drawn).squeeze(-1)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
 
 def stream(
@@ -134,8 +140,11 @@ def stream(
         ValueError: If the prompt is empty or an option out of range; at once, not with the first token.
     """
     _check(temperature, top_k, top_p)
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids of shape {tuple(ids.shape)}: must be a prompt (batch, length) of one token at least")
+    if ids.dim() != 2 or ids.shape[1] == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)} and {ids.dtype}: must be a prompt (batch, length) of one token at least, "
+            "whole numbers"
+        )
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number, 0 or more")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)

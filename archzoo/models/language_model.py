@@ -8,7 +8,7 @@ from torch import nn
 
 from archzoo.models.decoder import Decoder, hidden_widths, make_mlp
 from archzoo.models.generation import CausalLM
-from archzoo.models.model import LayerFactory, register_model
+from archzoo.models.model import LayerFactory, register_model, token_sizes
 from archzoo.models.ngpt import NGPT
 
 ALONE = ("mamba", "mamba2", "mamba3")
@@ -137,13 +137,7 @@ def decoder(
     """
     if len(input_shape) != 1:
         raise ValueError(f"model 'decoder' takes tokens (length,), not inputs of shape {input_shape}")
-    chosen = (width,) * depth if widths is None else tuple(widths)
-    if not chosen or min(chosen) < 1:
-        raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
-    if dim is None:
-        if chosen[-1] % 4:
-            raise ValueError(f"width={chosen[-1]}: must be a multiple of 4, for dim=None is a quarter of it")
-        dim = chosen[-1] // 4
+    chosen, dim = token_sizes(width, depth, widths, dim)
     name, kind, options = layer.entry.name, layer.entry.kind, layer.options
     if kind == "mixer":
         if mixer is not None or mixer_options:

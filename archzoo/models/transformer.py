@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from archzoo.kernels.attention import self_attention
 from archzoo.layers.phm_sequence import PHMEmbedding
-from archzoo.models.model import LayerFactory, check_kind, register_model
+from archzoo.models.model import LayerFactory, check_kind, register_model, token_sizes
 from archzoo.models.vit import LayerMLP
 from archzoo.registry import layer_options
 
@@ -116,13 +116,7 @@ class Transformer(nn.Module):
             layer = causal_mixer(layer, "transformer")
         if len(input_shape) != 1:
             raise ValueError(f"model 'transformer' takes tokens (length,), not inputs of shape {input_shape}")
-        chosen = (width,) * depth if widths is None else tuple(widths)
-        if not chosen or min(chosen) < 1:
-            raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
-        if dim is None:
-            if chosen[-1] % 4:
-                raise ValueError(f"width={chosen[-1]}: must be a multiple of 4, for dim=None is a quarter of it")
-            dim = chosen[-1] // 4
+        chosen, dim = token_sizes(width, depth, widths, dim)
         if heads < 1 or dim < heads or dim % heads:
             raise ValueError(f"heads={heads}: must divide dim={dim}, a positive number")
         if not 0 <= dropout < 1:

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from archzoo.report.load import Comparison
 from archzoo.report.ranking import DEFAULT_BASELINE, Row, rank, standings
+from archzoo.report.samples import samples
 from archzoo.report.scaling import all_series
 from archzoo.report.sheets import against_baseline, matrix_sheet
 from archzoo.report.wording import (
     NOTHING,
     Scale,
     duration,
+    equal_score,
     exponents_of,
     p_text,
     plural,
@@ -70,7 +72,9 @@ def console_table(
         judged = verdict(part, ranked, scale)
         of = f"{part.groups[0].task}: " if several else ""
         captions += [of + judged.sentence, *judged.details, *judged.caveats]
+        captions += [of + told for told in [equal_score(part, ranked)] if told]
         captions += [f"{of}{row.label}: {note}." for row in ranked for note in row.notes]
+        captions += [f"{of}{sample.label}, wrote: {sample.line}" for sample in samples(part)]
     captions.append(f"±: half the 95 % CI over seeds. p: Holm-corrected. Memory: {rows[0].memory_kind}.")
     head = ["size", *head] if sized else head
     left = [name in ("contestant", "runs") for name in head]

@@ -21,6 +21,7 @@ _ESCAPED = {
     '"': r"\textquotedbl{}",
     "±": r"$\pm$",
     "µ": r"$\mu$",
+    "≤": r"$\leq$",
     "…": r"\dots{}",
     "–": "--",
     "α": r"$\alpha$",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from archzoo.report.sizes import labelled, with_sizes
+from archzoo.report.tuning import Trial, Tuning, choose
 
 STATUSES = ("done", "running", "interrupted", "diverged", "failed", "unknown")
 
@@ -95,6 +96,8 @@ class Run:
     mode: Literal["max", "min"] | None
     split: str | None
     score_step: int | None
+    validation: float | None
+    """Validation score of the best evaluation, of the metric of `score`."""
     task_summary: Mapping[str, float]
     step_time_s: float | None
     samples_per_s: float | None
@@ -130,10 +133,29 @@ class Run:
             return "still marked as running"
         return f"{self.status}: {self.error}" if self.error else self.status
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, in order. A line that is not whole, as a crash leaves it, is skipped."""
+    @property
+    def baseline(self) -> str | None:
+        """The contestant, by label or layer, that its sweep compares the others with (`sweep.baseline`)."""
+        sweep = self.config.get("sweep")
+        name = sweep.get("baseline") if isinstance(sweep, Mapping) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The config keys that its sweep tunes (`sweep.tune`)."""
+        sweep = self.config.get("sweep")
+        keys = sweep.get("tune") if isinstance(sweep, Mapping) else None
+        return tuple(clean(key) for key in keys if isinstance(key, str)) if isinstance(keys, list) else ()
+
+    def metrics(self, containing: str = "") -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, in order. A line that is not whole, as a crash leaves it, is skipped.
+
+        Args:
+            containing: Only lines with this key; the others are not even parsed.
+        """
+        key = json.dumps(containing).encode() if containing else b""
         try:
-            lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
+            lines = [line for line in (self.folder / "metrics.jsonl").read_bytes().splitlines() if key in line]
         except OSError:
             return []
         try:  # one parse of the whole file is several times faster than one a line
@@ -157,6 +179,8 @@ class Contestant:
     """What it competes at, as `"200 parameters"`, where a comparison has several sizes of several layers."""
     series: str = ""
     """Label without the size: that of all contestants which differ from this one in nothing but their size."""
+    tuning: Tuning | None = None
+    """What was tried of the settings that are tuned; `runs` are those of the chosen value."""
 
     @property
     def parameters(self) -> int | None:
@@ -172,10 +196,7 @@ class Contestant:
     @property
     def counted(self) -> tuple[Run, ...]:
         """The runs whose scores count, by seed; one per seed."""
-        latest: dict[Any, Run] = {}
-        for run in sorted((run for run in self.runs if run.counted), key=lambda run: (run.ended or "", run.id)):
-            latest[run.folder if run.seed is None else run.seed] = run
-        return tuple(sorted(latest.values(), key=_seed_order))
+        return _latest(self.runs)
 
     @property
     def statuses(self) -> Counter[str]:
@@ -222,16 +243,12 @@ class Comparison:
     @property
     def metric(self) -> str:
         """Name of the score, the commonest one if the runs differ."""
-        return _commonest(run.metric for run in self.runs) or "score"
+        return _metric(self.runs)
 
     @property
     def mode(self) -> Literal["max", "min"]:
         """Whether a larger or a smaller score is better."""
-        stated = _commonest(run.mode for run in self.runs)
-        if stated is not None:
-            return stated
-        lower = any(word in self.metric for word in ("loss", "error", "mse", "mae", "rmse", "perplexity", "nll"))
-        return "min" if lower else "max"
+        return _mode(self.runs)
 
     @property
     def score_split(self) -> str | None:
@@ -244,7 +261,8 @@ def load_comparison(folder: str | Path) -> Comparison:
 
     Runs with one config apart from the seed form a contestant. Its label is the layer's name, with the config keys that
     differ where several contestants share a layer and a task. Another option of a task (`task.function=xy`) is another
-    task. A run whose `run.json` cannot be read counts as failed.
+    task. Of the settings that a run says are tuned (`sweep.tune`), a contestant has the value with the best validation
+    score. A run whose `run.json` cannot be read counts as failed.
 
     Args:
         folder: The comparison's folder.
@@ -358,6 +376,16 @@ def _deciding(run: Run) -> dict[str, Any]:
     return kept
 
 
+def _without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A nested config without these dotted keys."""
+    kept: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]
+        if name not in keys:
+            kept[name] = _without(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
+
+
 def _settings(config: Mapping[str, Any], seed: int | None, top: bool = True) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in config.items():
@@ -393,7 +421,8 @@ def _load_run(folder: Path) -> Run:
     mode = score.get("mode")
     diverged = part("diverged")
     status = _text(record.get("status")) or ("failed" if error else "unknown")
-    task_summary = part("summary").get("task")
+    metric, summary = _text(score.get("metric")), part("summary")
+    task_summary, best = summary.get("task"), summary.get("best")
     return Run(
         folder=folder,
         id=_text(record.get("run_id")) or clean(folder.name),
@@ -415,10 +444,11 @@ def _load_run(folder: Path) -> Run:
         flops=number(record.get("flops")),
         bytes_per_step=number(record.get("bytes_per_step")),
         score=number(score.get("value")),
-        metric=_text(score.get("metric")),
+        metric=metric,
         mode="max" if mode == "max" else "min" if mode == "min" else None,
         split=_text(score.get("split")),
         score_step=_integer(score.get("step")),
+        validation=number(best.get(f"val/{metric}")) if isinstance(best, dict) else None,
         task_summary={
             clean(key): float(value) if isinstance(value, bool) else float(number(value) or 0.0)
             for key, value in (task_summary if isinstance(task_summary, dict) else {}).items()
@@ -484,8 +514,9 @@ def _one_metric(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 def _contestants(runs: Sequence[Run]) -> tuple[Contestant, ...]:
     keyed: dict[str, dict[str, dict[str, list[Run]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    tuned = _short(sorted({key for run in runs for key in run.tuned}, key=_group_order))
     for run in runs:
-        key = json.dumps(_deciding(run), sort_keys=True, default=str)
+        key = json.dumps(_without(_deciding(run), tuned), sort_keys=True, default=str)
         keyed[run.layer][run.task][key].append(run)
     contestants = []
     for layer, by_task in keyed.items():
@@ -498,14 +529,76 @@ def _contestants(runs: Sequence[Run]) -> tuple[Contestant, ...]:
                 orphans = by_config.pop("{}")
                 next(iter(by_config.values())).extend(orphans)
             groups = [tuple(sorted(group, key=_seed_order)) for group in by_config.values()]
-            flat = [settings(next((run for run in group if run.config), group[0])) for group in groups]
+            configs = [settings(next((run for run in group if run.config), group[0])) for group in groups]
+            flat = [{key: value for key, value in config.items() if key not in tuned} for config in configs]
             keys |= _differing(flat)
             found += [(task, *both) for both in zip(groups, flat, strict=True)]
         short = _short(sorted(keys, key=_group_order))  # the same for all tasks: a contestant has one name
         for task, group, config in found:
             options = {short[key]: config.get(key, "unset") for key in short}
-            contestants.append((Contestant(labelled(layer, options), layer, task, group, options), config, short))
+            contestant = _tuned(Contestant(labelled(layer, options), layer, task, group, options), tuned)
+            contestants.append((contestant, config, short))
     return with_sizes(contestants)
+
+
+def _tuned(contestant: Contestant, tuned: Mapping[str, str]) -> Contestant:
+    """The contestant with its runs at the best of the values that were tried; as it is, where nothing is tuned.
+
+    Args:
+        contestant: All its runs.
+        tuned: Key -> short name of what is tuned.
+    """
+    if not tuned:
+        return contestant
+    trials: dict[str, list[Run]] = defaultdict(list)
+    options: dict[str, dict[str, str]] = {}
+    for run in contestant.runs:
+        config = settings(run) if run.config else dict.fromkeys(tuned, "unknown")
+        values = {name: config.get(key, "unset") for key, name in tuned.items()}
+        options[name := json.dumps(values)] = values
+        trials[name].append(run)
+    if all(value in ("unset", "unknown") for values in options.values() for value in values.values()):
+        return contestant
+    unknown = json.dumps(dict.fromkeys(tuned.values(), "unknown"))
+    if unknown in trials and len(trials) == 2:  # a run that failed before it had a config can only be of the other
+        orphans = trials.pop(unknown)
+        next(iter(trials.values())).extend(orphans)
+    tried = [
+        Trial(options[name], tuple(sorted(runs, key=_seed_order)), _validation(runs)) for name, runs in trials.items()
+    ]
+    tuning = choose(tried, _mode(contestant.runs))
+    if tuning.chosen is not None:
+        return replace(contestant, runs=tuning.chosen.runs, tuning=tuning)
+    # The test score must not choose, and a mean over several values would be nobody's.
+    error = f"no validation score to choose {' and '.join(tuned)} by"
+    runs = tuple(replace(run, score=None, error=error) if run.counted else run for run in contestant.runs)
+    return replace(contestant, runs=runs, tuning=tuning)
+
+
+def _validation(runs: Iterable[Run]) -> dict[int, float]:
+    """Seed -> validation score of the runs that count."""
+    told = [(run.seed, run.validation) for run in _latest(runs)]
+    return {seed: score for seed, score in told if seed is not None and score is not None}
+
+
+def _latest(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The runs that count, by seed; of runs with one seed, the one that ended last."""
+    latest: dict[Any, Run] = {}
+    for run in sorted((run for run in runs if run.counted), key=lambda run: (run.ended or "", run.id)):
+        latest[run.folder if run.seed is None else run.seed] = run
+    return tuple(sorted(latest.values(), key=_seed_order))
+
+
+def _metric(runs: Iterable[Run]) -> str:
+    return _commonest(run.metric for run in runs) or "score"
+
+
+def _mode(runs: Sequence[Run]) -> Literal["max", "min"]:
+    stated: Literal["max", "min"] | None = _commonest(run.mode for run in runs)
+    if stated is not None:
+        return stated
+    lower = any(word in _metric(runs) for word in ("loss", "error", "mse", "mae", "rmse", "perplexity", "nll"))
+    return "min" if lower else "max"
 
 
 def _differing(configs: Sequence[Mapping[str, str]]) -> set[str]:

@@ -107,7 +107,8 @@ def draw(
         pictures = [_ranking(comparison, rows, scale, looks, short)]
         keys = {f"val/{comparison.metric}": 0, "train/loss": POINTS}
         curves: dict[str, dict[Path, Curve]] = {key: {} for key in keys}
-        for run in comparison.runs:  # one at a time: all lines of all runs may take much memory
+        shown = (run for group in comparison.groups for run in group.runs)
+        for run in shown:  # one at a time: all lines of all runs may take much memory
             records = run.metrics()
             for key, bins in keys.items():
                 curves[key][run.folder] = _points(records, key, bins)

@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 from archzoo.report.load import Budget, Comparison, Contestant, Run
+from archzoo.report.reaching import Curves, EqualScore, equal_score
 from archzoo.report.stats import ALPHA, Interval, holm, mean_interval, sign_flip_p, wilson
+from archzoo.report.tuning import Tuning
 
 T = TypeVar("T")
 
@@ -83,6 +85,10 @@ class Row:
     statuses: Mapping[str, int]
     figures: Mapping[str, TaskFigure] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tuning: Tuning | None = None
+    """What was tried of the settings that are tuned."""
+    equal: EqualScore | None = None
+    """When it reaches the baseline's best validation score; None without curves. Of the baseline, its own steps."""
 
     @property
     def count(self) -> int:
@@ -137,10 +143,11 @@ def find_baseline(comparison: Comparison, baseline: str | None) -> Contestant | 
 
 
 def default_baseline(comparison: Comparison) -> str | None:
-    """`"linear"` if it takes part, else the layer that the budget was matched to, else None."""
-    layers = {group.layer for group in comparison.groups}
-    wanted = [DEFAULT_BASELINE, *sorted({run.budget.to for run in comparison.runs if run.budget and run.budget.to})]
-    return next((name for name in wanted if name in layers), None)
+    """What the sweep names, `"linear"`, or the layer that the budget was matched to: the first that takes part."""
+    known = {name for group in comparison.groups for name in (group.label, group.layer)}
+    named = sorted({run.baseline for run in comparison.runs if run.baseline})
+    matched = sorted({run.budget.to for run in comparison.runs if run.budget and run.budget.to})
+    return next((name for name in (*named, DEFAULT_BASELINE, *matched) if name in known), None)
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -219,6 +226,7 @@ def _rank_size(comparison: Comparison, baseline: str | None, memory_kind: str) -
     corrected = holm(p_values)
     against_leader = [_paired(group, leader) for group in groups]
     to_leader = holm([sign_flip_p(pairs) for pairs in against_leader])
+    curves = Curves(comparison.metric)
 
     rows = []
     for place, group in enumerate(groups, 1):
@@ -264,6 +272,8 @@ def _rank_size(comparison: Comparison, baseline: str | None, memory_kind: str) -
                 statuses=dict(group.statuses),
                 figures=_task_figures(group),
                 notes=_notes(group, base, len(pairs) if tested else None),
+                tuning=group.tuning,
+                equal=equal_score(group, base, mode, curves) if base is not None else None,
             )
         )
     return rows
@@ -334,6 +344,8 @@ def _task_figures(group: Contestant) -> dict[str, TaskFigure]:
 
 def _notes(group: Contestant, base: Contestant | None, common: int | None) -> tuple[str, ...]:
     notes = []
+    if group.tuning is not None and group.tuning.chosen is not None and len(group.tuning.trials) > 1:
+        notes.append(f"{group.tuning.chosen.name}, the best of {len(group.tuning.trials)} by validation score")
     counted, total = len(group.counted), len(group.runs)
     seeds = Counter(run.seed for run in group.runs if run.counted and run.seed is not None)
     for seed, times in sorted(seeds.items()):

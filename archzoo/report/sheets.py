@@ -1,24 +1,33 @@
 """The report's tables, as cells of text; HTML, Markdown and LaTeX are three ways to write them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archzoo.report.load import Comparison, Run
 from archzoo.report.ranking import MEMORY_KINDS, Row, Standing, by_size, standings
+from archzoo.report.reaching import EqualScore
 from archzoo.report.scaling import Series
+from archzoo.report.stats import Interval
+from archzoo.report.tuning import Trial
 from archzoo.report.wording import (
     NOTHING,
+    RATIO,
     Scale,
     count,
     duration,
     exponent,
     p_text,
+    ratio_text,
+    reached_text,
     score_name,
     si,
     size,
     statuses_text,
     times,
 )
+
+EQUAL = ("Steps to equal score", "Seconds to equal score")
+"""Columns of the table of costs, where there are validation curves and a baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +155,8 @@ def cost_sheet(rows: Sequence[Row], colours: dict[str, int]) -> Sheet:
         "Bytes per step",
     ]
     columns += ["Kept for backward", "Peak GPU memory" if _has_gpu(rows) else "Peak RSS"]
+    equal = any(row.equal is not None and not row.baseline for row in rows)
+    columns += EQUAL if equal else []
     table = []
     for row in rows:
         base = bases.get(row.size)
@@ -162,33 +173,89 @@ def cost_sheet(rows: Sequence[Row], colours: dict[str, int]) -> Sheet:
                 Cell(size(row.bytes_per_step)),
                 Cell(size(row.saved_bytes)),
                 Cell(size(row.cuda_bytes if _has_gpu(rows) else row.rss_bytes)),
+                *(_equal_cells(row) if equal else ()),
             )
         )
-    return _sheet("Cost", columns, [False] + [True] * 8, table, rows, colours)
+    return _sheet("Cost", columns, [False] + [True] * (len(columns) - 1), table, rows, colours)
+
+
+def _equal_cells(row: Row) -> tuple[Cell, Cell]:
+    """Steps and seconds to the baseline's best validation score, in units of the baseline's own."""
+    equal = row.equal
+    if equal is None:
+        return Cell(NOTHING), Cell(NOTHING)
+    if row.baseline:
+        return Cell("1 x", f"{equal.base_steps:,.0f} steps"), Cell("1 x", duration(equal.base_seconds))
+    if not equal.complete:
+        said = Cell(f"reached {reached_text(equal)}")
+        return said, said
+    return _ratio(equal, equal.steps), _ratio(equal, equal.seconds)
+
+
+def _ratio(equal: EqualScore, ratio: Interval | None) -> Cell:
+    if ratio is None:
+        return Cell(NOTHING)
+    return Cell(ratio_text(equal, ratio), RATIO.interval(ratio))
+
+
+def tuned_sheet(comparison: Comparison, scale: Scale, colours: dict[str, int]) -> Sheet | None:
+    """Every value that was tried of what is tuned, with its validation score; None where nothing is."""
+    groups = [group for group in comparison.groups if group.tuning is not None]
+    if not groups:
+        return None
+    columns = ["Contestant", "Tried", f"Validation {comparison.metric}{scale.unit}", "Seeds", "Choice"]
+    table, chips, kinds = [], [], []
+    for group in groups:
+        assert group.tuning is not None
+        for trial in group.tuning.trials:
+            count = len(trial.scores)
+            compared = len(group.tuning.seeds) if group.tuning.paired else count
+            part = f"{compared} compared" if trial.mean is not None and compared != count else ""
+            cells = (Cell(group.label), Cell(trial.name), Cell(scale.value(trial.mean)), Cell(str(count), part))
+            table.append((*cells, _choice(trial, group.tuning.warnings)))
+            chips.append(colours[group.label])
+            kinds.append("leader" if trial.chosen else "")
+    sheet = _plain_sheet("Tuned", columns, (False, False, True, True, False), table, chips)
+    return replace(sheet, kinds=tuple(kinds))
+
+
+def _choice(trial: Trial, warnings: Sequence[str]) -> Cell:
+    if trial.chosen:
+        return Cell("chosen", "; ".join(warnings), "tie" if warnings else "good")
+    trouble = "; ".join(trial.trouble())
+    if trial.mean is None and trial.diverged:
+        return Cell("lost", trouble, "bad")
+    return Cell("no score" if trial.mean is None else NOTHING, trouble)
 
 
 def runs_sheet(comparison: Comparison, scale: Scale, colours: dict[str, int]) -> Sheet:
-    """Every run."""
+    """Every run; of what is tuned, those that were not chosen too."""
     columns = ["Contestant", "Seed", score_name(comparison) + scale.unit, "At step", "Status", "Wall time", "Folder"]
     table, indices, kinds = [], [], []
     for group in comparison.groups:
         for run in group.runs:
-            table.append(
-                (
-                    Cell(group.label),
-                    Cell(str(run.seed) if run.seed is not None else NOTHING),
-                    Cell(scale.value(run.score)),
-                    Cell(f"{run.score_step:,}" if run.score_step is not None else NOTHING),
-                    _status(run),
-                    Cell(duration(run.wall_s)),
-                    Cell(run.folder.name),
-                )
-            )
+            table.append((Cell(group.label), *_run_cells(run, scale)))
             indices.append(colours[group.label])
             kinds.append("" if run.counted else "unscored")
+        for trial in group.tuning.trials if group.tuning and group.tuning.chosen else ():
+            for run in () if trial.chosen else trial.runs:
+                table.append((Cell(f"{group.label}: {trial.name}"), *_run_cells(run, scale)))
+                indices.append(-1)
+                kinds.append("unscored")
     numeric = (False, True, True, True, False, True, False)
     empty: tuple[tuple[str, ...], ...] = tuple(() for _ in table)
     return Sheet("Runs", tuple(columns), numeric, tuple(table), tuple(indices), tuple(kinds), empty)
+
+
+def _run_cells(run: Run, scale: Scale) -> tuple[Cell, ...]:
+    return (
+        Cell(str(run.seed) if run.seed is not None else NOTHING),
+        Cell(scale.value(run.score)),
+        Cell(f"{run.score_step:,}" if run.score_step is not None else NOTHING),
+        _status(run),
+        Cell(duration(run.wall_s)),
+        Cell(run.folder.name),
+    )
 
 
 def scaling_sheet(series: Sequence[Series], comparison: Comparison, scale: Scale, colours: dict[str, int]) -> Sheet:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from archzoo.report.load import Comparison, Run, settings
 from archzoo.report.ranking import Row, by_size, improves
+from archzoo.report.reaching import EqualScore
 from archzoo.report.scaling import PowerLaw, Series, all_series
 from archzoo.report.stats import (
     ALPHA,
@@ -88,6 +89,10 @@ class Scale:
         return self.value(interval.mean, sign) + (f" ±{told}" if half is not None else "")
 
 
+RATIO = Scale("ratio", False, 2)
+"""How multiples of the baseline are written."""
+
+
 def count(value: float | None) -> str:
     """8,957; from a million on 1.23 M."""
     if value is None:
@@ -153,6 +158,46 @@ def statuses_text(statuses: Mapping[str, int]) -> str:
     """3 done, 1 diverged."""
     order = ("done", "running", "interrupted", "diverged", "failed", "unknown")
     return ", ".join(f"{statuses[status]} {status}" for status in order if statuses.get(status))
+
+
+def ratio_text(equal: EqualScore, ratio: Interval) -> str:
+    """0.52 x; where it may have been less, <= 0.52 x."""
+    return f"{'≤ ' if equal.at_most else ''}{RATIO.value(ratio.mean)} x"
+
+
+def reached_text(equal: EqualScore) -> str:
+    """In 2 of 3 seeds; how many have no curve."""
+    told = f"in {equal.reached} of {seeds_text(len(equal.seeds))}"
+    return told + (f", {equal.without_curve} more without a curve" if equal.without_curve else "")
+
+
+def equal_score(comparison: Comparison, rows: Sequence[Row]) -> str:
+    """A sentence on the steps and seconds to the baseline's validation score; empty without curves."""
+    told = []
+    for row in rows:
+        equal = row.equal
+        if equal is None or row.baseline:
+            continue
+        if equal.steps is None:
+            told.append(f"{row.label} got there {reached_text(equal)}")
+            continue
+        most = "≤ " if equal.at_most else ""
+        words = f"{row.label} {most}{RATIO.plus_minus(equal.steps)} x its steps"
+        if equal.seconds is not None:
+            words += f" and {most}{RATIO.plus_minus(equal.seconds)} x its seconds"
+        told.append(words)
+    base = _base(rows)
+    of = base.label if base and len(by_size(rows)) == 1 else "the baseline"
+    return f"To {of}'s best validation {comparison.metric}: {'; '.join(told)}." if told else ""
+
+
+def tuned_caveats(rows: Sequence[Row]) -> list[str]:
+    """What there is to mind about what was tuned, contestant by contestant."""
+    doubtful = [(row.label, row.tuning.warnings) for row in rows if row.tuning is not None and row.tuning.warnings]
+    if len(doubtful) > _MOST_NAMED:
+        tuned = sum(row.tuning is not None for row in rows)
+        return [f"Tuning: there is something to mind for {len(doubtful)} of {tuned} contestants; the table Tuned says."]
+    return [f"Tuning of {label}: {'; '.join(warnings)}." for label, warnings in doubtful]
 
 
 def listing(names: Sequence[str]) -> str:
@@ -390,6 +435,7 @@ def _caveats(comparison: Comparison, rows: Sequence[Row]) -> tuple[str, ...]:
             f"Provisional: {plural(pending, 'run')} of {len(comparison.runs)} "
             f"{'is' if pending == 1 else 'are'} not finished."
         )
+    caveats += tuned_caveats(rows)
     survivors = [
         row.label for row in rows if row.score is not None and any(row.statuses.get(status) for status in _BAD)
     ]
@@ -499,6 +545,21 @@ def methods(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
             "optimisation) makes it smaller."
             if fitted
             else f"{drawn}."
+        )
+    if any(row.tuning is not None for row in rows):
+        keys = sorted({key for run in comparison.runs for key in run.tuned})
+        lines.append(
+            f"Tuned: {listing(keys)}. Of the values tried a contestant is shown at the one with the best validation "
+            "score (each run's best evaluation), mean over the seeds that all its values have; a value of which a run "
+            "diverged loses. The test score has no say. All other figures are of the runs at the chosen value."
+        )
+    if any(row.equal is not None and not row.baseline for row in rows):
+        lines.append(
+            "Steps and seconds to equal score: where a contestant's best validation score so far first is the best "
+            "one of the baseline in the same seed, in units of what the baseline itself takes to get there; linear "
+            "between evaluations; mean and 95 % confidence interval over seeds. No mean is given unless every seed "
+            "gets there; a diverged run does not. ≤: the first evaluation was already as good. Seconds are of "
+            "training, evaluations and checkpoints left out."
         )
     if any("success" in row.figures for row in rows):
         lines.append(

@@ -16,8 +16,10 @@ from archzoo.report.lines import small_multiples
 from archzoo.report.load import Comparison, load_comparison
 from archzoo.report.plots import draw, styles
 from archzoo.report.ranking import Row, default_baseline, find_baseline, rank
+from archzoo.report.samples import Sample, samples
 from archzoo.report.scaling import Series, all_series
 from archzoo.report.sheets import (
+    EQUAL,
     Cell,
     Sheet,
     cost_sheet,
@@ -26,6 +28,7 @@ from archzoo.report.sheets import (
     ranking_sheet,
     runs_sheet,
     scaling_sheet,
+    tuned_sheet,
 )
 from archzoo.report.wording import (
     Scale,
@@ -61,6 +64,10 @@ class Section:
     series: tuple[Series, ...]
     scaling: Sheet | None
     """The points and exponents of the series, where there are any."""
+    tuned: Sheet | None
+    """What was tried of the settings that are tuned."""
+    samples: tuple[Sample, ...]
+    """What the contestants wrote, where they are language models."""
 
     @property
     def curves(self) -> list[Picture]:
@@ -153,6 +160,8 @@ def report_sections(comparison: Comparison, baseline: str | None = None) -> list
                 pictures=draw(part, rows, scale, looks, f"task{place}-" if len(parts) > 1 else ""),
                 series=tuple(series),
                 scaling=scaling_sheet(series, part, scale, colours) if series else None,
+                tuned=tuned_sheet(part, scale, colours),
+                samples=samples(part),
             )
         )
     return sections
@@ -243,12 +252,16 @@ def markdown(comparison: Comparison, sections: Sequence[Section], overview: Over
             lines += [*notes, ""]
         if section.scaling:
             lines += [f"{mark} Score against parameters", "", markdown_table(section.scaling), ""]
+        if section.tuned:
+            lines += [f"{mark} Tuned", "", markdown_table(section.tuned), ""]
         lines += [f"{mark} Cost", "", markdown_table(section.cost), ""]
         for title, pictures in (("Learning curves", section.curves), ("Score against cost", section.trade_offs)):
             if pictures:
                 lines += [f"{mark} {title}", ""]
                 for picture in pictures:
                     lines += [_md_picture(picture), "", text_markdown(picture.caption), ""]
+        if section.samples:
+            lines += [f"{mark} Sampled text", "", *(line for sample in section.samples for line in _md_sample(sample))]
         lines += [f"{mark} Setting", ""]
         lines += [f"- {text_markdown(term)}: {text_markdown(value)}" for term, value in section.setting]
         lines += [f"- Run again: `{section.command}`"] if section.command else []
@@ -291,7 +304,18 @@ def latex(comparison: Comparison, sections: Sequence[Section], overview: Overvie
         if section.scaling:
             told = f"{of}: exponent of score ~ parameters^-α, and its standard error."
             lines += ["", *latex_table(section.scaling, told, f"tab:{label}-scaling", section.scaling.columns[-1:])]
-        lines += ["", *latex_table(section.cost, f"{of}: cost.", f"tab:{label}-cost", ("Samples/s",), details=False)]
+        if section.tuned:
+            told = f"{of}: values tried, and the mean validation score over the seeds that they have in common."
+            lines += ["", *latex_table(section.tuned, told, f"tab:{label}-tuned")]
+        others = ["Samples/s", *EQUAL]
+        lines += ["", *latex_table(section.cost, f"{of}: cost.", f"tab:{label}-cost", others, details=False)]
+        if EQUAL[0] in section.cost.columns:
+            told = (
+                f"{of}: steps and seconds to the baseline's best validation score in the same seed, in units of the "
+                "baseline's own; mean over seeds and its 95 % confidence interval."
+            )
+            others = [column for column in section.cost.columns[1:] if column not in EQUAL]
+            lines += ["", *latex_table(section.cost, told, f"tab:{label}-equal", others)]
     return "\n".join(lines) + "\n"
 
 
@@ -311,6 +335,8 @@ def csv_text(sections: Sequence[Section]) -> str:
         "flops_per_sample",
         *("bytes_per_step", "step_time_s", "samples_per_s", "saved_for_backward_bytes", "peak_rss_bytes"),
         *("peak_cuda_bytes", "done", "running", "interrupted", "diverged", "failed", "unknown"),
+        *("equal_seeds", "equal_reached", "equal_steps_mean", "equal_steps_low", "equal_steps_high"),
+        *("equal_seconds_mean", "equal_seconds_low", "equal_seconds_high", "tuned", "tuned_of", "tuned_validation"),
         *(f"task_{name}{end}" for name in figures for end in ("", "_count")),
         "notes",
     ]
@@ -360,10 +386,30 @@ def csv_text(sections: Sequence[Section]) -> str:
                 if interval is not None:
                     values |= {f"{name}_{end}": getattr(interval, end) for end in ("mean", "low", "high")}
             values["interval"] = score.method if score else None
+            values |= _equal_values(row) | _tuned_values(row)
             for name, figure in row.figures.items():
                 values |= {f"task_{name}": figure.value, f"task_{name}_count": figure.count}
             writer.writerow({key: _csv(value) for key, value in values.items()})
     return buffer.getvalue()
+
+
+def _equal_values(row: Row) -> dict[str, Any]:
+    equal = row.equal
+    if equal is None:
+        return {}
+    values: dict[str, Any] = {"equal_seeds": len(equal.seeds), "equal_reached": equal.reached}
+    for name, interval in (("steps", equal.steps), ("seconds", equal.seconds)):
+        if interval is not None:
+            values |= {f"equal_{name}_{end}": getattr(interval, end) for end in ("mean", "low", "high")}
+    return values
+
+
+def _tuned_values(row: Row) -> dict[str, Any]:
+    chosen = row.tuning.chosen if row.tuning else None
+    if row.tuning is None or chosen is None:
+        return {}
+    tried = "; ".join(trial.name for trial in row.tuning.trials)
+    return {"tuned": chosen.name, "tuned_of": tried, "tuned_validation": chosen.mean}
 
 
 def scaling_csv(sections: Sequence[Section]) -> str:
@@ -403,6 +449,11 @@ def text_markdown(text: str) -> str:
     """Text that Markdown shows as it is, escaped no more than need be, so that the source reads well too."""
     text = re.sub(r"([\\`*<|~$])", r"\\\1", text)
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text).replace("](", "]\\(")
+
+
+def _md_sample(sample: Sample) -> list[str]:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample.text)), default=0))
+    return [f"- {text_markdown(sample.label)}:", "", fence, sample.text, fence, ""]
 
 
 def _md_picture(picture: Picture) -> str:

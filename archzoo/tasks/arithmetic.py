@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from archzoo.tasks.options import choice, number, whole_number
 from archzoo.tasks.seeds import seed_metrics, sparsity_error, successes, summed_errors
 from archzoo.tasks.split import SPLIT_SEED
+from archzoo.tasks.stream import BlockStream, block_generator, stream_key
 from archzoo.tasks.task import RegressionTask, TensorSplit, register_task
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ EPSILON = 1e-5
 """By how much every weight of the first layer is off in the solution that sets the threshold."""
 BLOCK = 1024
 """Samples of the stream that are drawn at once."""
-STREAM_LENGTH = 2**48
-"""Samples that the stream says it has."""
 MAX_VALUES = 2**28
 """Most input values that a split may hold: 1 GiB of float32."""
 TRAIN, VAL, TEST, OFFSET = range(4)
@@ -75,8 +73,7 @@ class Uniform:
 
     def __call__(self, count: int, block: int = 0) -> np.ndarray:
         """The first `count` samples of a block, (count, inputs) float32."""
-        # Philox makes any place of its sequence at the same cost; RandomState, for NumPy promises never to change it.
-        rng = np.random.RandomState(np.random.Philox(key=self.key, counter=block << 64))
+        rng = block_generator(self.key, block)
         position = rng.random_sample((count, self.inputs))
         if len(self.intervals) == 1:
             ((low, high),) = self.intervals
@@ -88,10 +85,8 @@ class Uniform:
         return (position + (high - ends)[which]).astype(np.float32)
 
 
-class SampleStream(Dataset[tuple[Tensor, Tensor]]):
+class SampleStream(BlockStream):
     """Endless fresh samples. Sample i depends on the seed and on i alone, whoever asks for it and in whatever batch.
-
-    Meant to be read in order, as the block that was read last is kept.
 
     Args:
         formulas: The formula of each seed. With several, sample i holds that of each, on an axis of its own.
@@ -99,45 +94,15 @@ class SampleStream(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, formulas: Sequence[Formula], draws: Sequence[Uniform]):
+        super().__init__(BLOCK)
         self.formulas, self.draws = list(formulas), list(draws)
-        self._number = -1
-        self._block = torch.empty(0), torch.empty(0)
 
-    def __len__(self) -> int:
-        return STREAM_LENGTH
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if not len(indices):
-            inputs, targets = self._get(max(self._number, 0))
-            return inputs[:0], targets[:0]
-        order = np.asarray(indices, dtype=np.int64)
-        if order.min() < 0 or order.max() >= STREAM_LENGTH:
-            raise IndexError(f"samples are numbered from 0 to {STREAM_LENGTH - 1}")
-        blocks, places = np.divmod(order, BLOCK)
-        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-        parts = []
-        for block, rows in zip(blocks[starts], np.split(places, starts[1:]), strict=True):
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            inputs, targets = self._get(int(block))
-            if np.array_equal(rows, np.arange(first, last)):  # in order: a memcpy is faster than a gather
-                parts.append((inputs[first:last].clone(), targets[first:last].clone()))
-            else:
-                parts.append((inputs[rows], targets[rows]))
-        return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts]))
-
-    def _get(self, number: int) -> tuple[Tensor, Tensor]:
-        if number != self._number:
-            drawn = [_samples(f, draw(BLOCK, number)) for f, draw in zip(self.formulas, self.draws, strict=True)]
-            if len(drawn) == 1:
-                self._block = drawn[0]
-            else:
-                self._block = torch.stack([x for x, _ in drawn], 1), torch.stack([t for _, t in drawn], 1)
-            self._number = number
-        return self._block
+    def draw_block(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a block."""
+        drawn = [_samples(f, draw(BLOCK, number)) for f, draw in zip(self.formulas, self.draws, strict=True)]
+        if len(drawn) == 1:
+            return drawn[0]
+        return torch.stack([x for x, _ in drawn], 1), torch.stack([t for _, t in drawn], 1)
 
 
 @register_task("arithmetic")
@@ -221,10 +186,10 @@ class Arithmetic(RegressionTask):
                 weights[run, column] = 1
             self.formulas.append(Formula(operation, weights))
         self.formula = self.formulas[0]
-        draws = [Uniform(train_intervals, input_size, _key(one, TRAIN)) for one in range(seed, seed + seeds)]
+        draws = [Uniform(train_intervals, input_size, stream_key(one, TRAIN)) for one in range(seed, seed + seeds)]
         self.train = SampleStream(self.formulas, draws)
-        self.val = self._split(Uniform(train_intervals, input_size, _key(SPLIT_SEED, VAL))(eval_size))
-        test = Uniform(test_intervals, input_size, _key(SPLIT_SEED, TEST))(eval_size).astype(np.float64)
+        self.val = self._split(Uniform(train_intervals, input_size, stream_key(SPLIT_SEED, VAL))(eval_size))
+        test = Uniform(test_intervals, input_size, stream_key(SPLIT_SEED, TEST))(eval_size).astype(np.float64)
         self.test = self._split(test)
         self.thresholds = [float(np.mean((f(test, EPSILON) - f(test)) ** 2)) for f in self.formulas]
         self.threshold = self.thresholds[0]
@@ -247,7 +212,7 @@ class Arithmetic(RegressionTask):
                 f"subset_ratio={subset_ratio}, overlap_ratio={overlap_ratio}: two subsets of {size} inputs that share "
                 f"{overlap} do not fit into input_size={input_size}; subsets must have at least 1 and use at most all"
             )
-        rng = np.random.RandomState(np.random.Philox(key=_key(seed, OFFSET)))
+        rng = block_generator(stream_key(seed, OFFSET), 0)
         start = int(rng.randint(input_size - used + 1))
         return slice(start, start + size), slice(start + size - overlap, start + used)
 
@@ -292,10 +257,6 @@ def _samples(formula: Formula, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
     """Inputs and targets, both float32; the targets computed in float64 from the very inputs that the model gets."""
     targets = formula(inputs.astype(np.float64))
     return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets.astype(np.float32))
-
-
-def _key(seed: int, purpose: int) -> int:
-    return purpose << 64 | seed % 2**64
 
 
 def _floor(value: float) -> int:

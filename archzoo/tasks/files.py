@@ -120,21 +120,29 @@ def _fetch(url: str) -> bytes:
 
 
 def _publish(source: Source, path: Path, data: bytes) -> None:
-    """Writes a file so that others, and we after a crash, see the whole of it or nothing."""
-    # In the same folder, for a rename is atomic only within a file system; under its own name, for several processes
-    # may come together.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
         raise DatasetError(
             f"{source.title}: cannot write {path}: {error}; set {VARIABLE} to a folder that can be written to"
         ) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that others, and we after a crash, see the whole of it or nothing; its folder is made.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    # In the same folder, for a rename is atomic only within a file system; under its own name, for several processes
+    # may come together.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

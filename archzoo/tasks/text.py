@@ -1,18 +1,14 @@
 """Tiny Shakespeare, character by character: 1,115,394 characters of plays, 65 distinct (Karpathy 2015, char-rnn)."""
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.tasks.files import Source, read_file
+from archzoo.tasks.language import LONGEST, LanguageTask
 from archzoo.tasks.options import whole_number
-from archzoo.tasks.task import Task, TensorSplit, register_task
-
-if TYPE_CHECKING:
-    from torchmetrics import MetricCollection
+from archzoo.tasks.task import TensorSplit, register_task
 
 FILE = "tinyshakespeare.txt"
 SOURCE = Source(
@@ -28,7 +24,7 @@ SOURCE = Source(
 
 
 @register_task("text")
-class Text(Task):
+class Text(LanguageTask):
     """The next character of Tiny Shakespeare, at every position of a window of text.
 
     The first 90 % of the characters are for training, as is usual. Of the rest, which is usually all validation, the
@@ -55,45 +51,26 @@ class Text(Task):
         ValueError: If an option is out of range.
     """
 
-    input_dtype = torch.int64
     score = "bits_per_character"
-    mode: Literal["max", "min"] = "min"
 
     def __init__(self, *, context: int = 64, stride: int | None = None, data_dir: Path | None = None, seed: int = 0):
         super().__init__(data_dir=data_dir, seed=seed)
-        whole_number("context", context, 1, 2**14)
+        whole_number("context", context, 1, LONGEST)
         if stride is not None:
-            whole_number("stride", stride, 1, 2**14)
+            whole_number("stride", stride, 1, LONGEST)
         text = read_file(SOURCE, FILE, data_dir).decode("ascii")
         self.characters = "".join(sorted(set(text)))
         self.input_shape, self.output_size = (context,), len(self.characters)
+        self.vocabulary = self.characters.encode("ascii")
         codes = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).long()
-        numbers = torch.zeros(128, dtype=torch.int64)
-        numbers[[ord(character) for character in self.characters]] = torch.arange(self.output_size)
-        train, val, test = numbers[codes].tensor_split([len(text) * 90 // 100, len(text) * 95 // 100])
+        train, val, test = self._ids[codes].tensor_split(cuts(len(text)))
         self.train = _windows(train, context, stride or context)
         self.val, self.test = _windows(val, context, context), _windows(test, context, context)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean cross entropy in nats of logits (batch, length, characters) against characters (batch, length)."""
-        return nn.functional.cross_entropy(output.flatten(0, -2), target.flatten())
 
-    def metrics(self) -> "MetricCollection":
-        """The loss in nats, the same in bits a character, and the fraction of characters that are the likeliest."""
-        from torchmetrics import MetricCollection
-
-        from archzoo.tasks.metrics import mean_loss
-
-        def bits(output: Tensor, target: Tensor) -> Tensor:
-            return self.loss(output, target) / math.log(2)
-
-        def accuracy(output: Tensor, target: Tensor) -> Tensor:
-            return (output.argmax(-1) == target).double().mean()
-
-        return MetricCollection(
-            {"bits_per_character": mean_loss(bits), "loss": mean_loss(self.loss), "accuracy": mean_loss(accuracy)},
-            compute_groups=False,
-        )
+def cuts(length: int) -> list[int]:
+    """Where validation and test begin in a text of this length."""
+    return [length * 90 // 100, length * 95 // 100]
 
 
 def _windows(characters: Tensor, context: int, stride: int) -> TensorSplit:

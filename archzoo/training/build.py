@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +112,14 @@ def _hidden(config: TrainConfig, task: Task) -> Any:
 
 def _refused(group: str, values: dict[str, Any], error: Exception) -> ConfigError:
     """What a class says of its arguments, in terms of the config: `grid_size=0: …` becomes `layer.grid_size=0: …`."""
-    text = str(error)
-    if any(text.startswith(f"{key}=") for key in values):
-        return ConfigError(f"{group}.{text} ({group} {values['name']})")
-    return ConfigError(f"{group}={values['name']}: {text}")
+    if _names_a_key(error, values):
+        return ConfigError(f"{group}.{error} ({group} {values['name']})")
+    return ConfigError(f"{group}={values['name']}: {error}")
+
+
+def _names_a_key(error: Exception, values: dict[str, Any]) -> bool:
+    """Whether an error is about one of the arguments: `grid_size=0: …`."""
+    return any(str(error).startswith(f"{key}=") for key in values)
 
 
 def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...]) -> int:
@@ -126,20 +130,31 @@ def _count(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
         return count_flops(model.eval(), example_batch(task, 1))
 
 
+_chosen: dict[str, Match | None] = {}
+
+
 def choose_widths(config: TrainConfig, task: Task) -> Match | None:
     """The hidden widths at which the contestant's count meets the budget, or the value of the option that
     `budget.vary` names for its layer; None if nothing is to be matched.
 
+    What was chosen once is remembered: a search builds 100 models and more, and the seeds of a sweep share it.
+
     Raises:
         ConfigError: If the layer, the model or the budget cannot be had; names the nearest reachable count.
     """
+    asked = [config.task, config.model, config.layer, vars(config.budget)]
+    shapes = [task.input_shape, task.output_size, str(task.input_dtype)]
+    key = json.dumps([*asked, *shapes], sort_keys=True)
+    if key not in _chosen:
+        with torch.random.fork_rng(devices=[]):  # searched or remembered, a run has the same random numbers after it
+            _chosen[key] = _choose_widths(config, task)
+    return _chosen[key]
+
+
+def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
     budget, layer = config.budget, config.layer
     key = "parameters" if budget.match == "params" else "FLOPs an example"
-    try:
-        own = _count(config, layer, task, _widths(config)) if _allowed(config, layer, task) else None
-    except (ValueError, TypeError) as error:
-        group = "model" if any(str(error).startswith(f"{key}=") for key in config.model) else "layer"
-        raise _refused(group, config.model if group == "model" else layer, error) from error
+    own = _own_count(config, layer, task)
     if budget.match == "none":
         return None
     option = _varied_option(config)
@@ -147,12 +162,17 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
         if budget.to not in list_layers():
             raise ConfigError(f"budget.to={budget.to}: no such layer, {suggest(budget.to, list_layers())}")
         if budget.to == layer["name"]:
-            if own is None:
-                raise ConfigError(f"model.width={_widths(config)[0]}: layer {layer['name']} refuses this width")
+            if isinstance(own, Exception):
+                if _names_a_key(own, config.model):
+                    raise _refused("model", config.model, own) from own
+                refuses = f"model.width={_widths(config)[0]}: layer {layer['name']} refuses this width"
+                raise ConfigError(f"{refuses}, {own}") from own
             return Match(_widths(config), own, own)
         try:
             target = float(_count(config, {"name": budget.to}, task, _widths(config)))
         except (ValueError, TypeError) as error:
+            if _names_a_key(error, config.model):
+                raise _refused("model", config.model, error) from error
             raise ConfigError(f"budget.to={budget.to}: {error}") from error
     else:
         target = float(budget.to)
@@ -214,20 +234,23 @@ def _widths(config: TrainConfig) -> tuple[int, ...]:
     return (width,) * depth
 
 
-def _allowed(config: TrainConfig, layer: dict[str, Any], task: Task) -> bool:
-    """Whether the layer allows the configured width; its own error if it can be built at no width."""
-    first: Exception | None = None
+def _own_count(config: TrainConfig, layer: dict[str, Any], task: Task) -> int | Exception:
+    """The contestant's count at the configured widths; if it can be built at other widths only, its error at these.
+
+    Raises:
+        ConfigError: If it can be built at no width, or if no other is to be chosen.
+    """
     own = _widths(config)
-    for widths in (own, (240,) * len(own), (720720,) * len(own)):
-        try:
-            _count(config, layer, task, widths)
-            return widths == own
-        except (ValueError, TypeError) as error:
-            first = first or error
-            if config.budget.match == "none":
-                break
-    assert first is not None
-    raise first
+    try:
+        return _count(config, layer, task, own)
+    except (ValueError, TypeError) as error:
+        if config.budget.match != "none":
+            for width in (240, 720720):  # which many numbers divide
+                with suppress(ValueError, TypeError):
+                    _count(config, layer, task, (width,) * len(own))
+                    return error
+        group, values = ("model", config.model) if _names_a_key(error, config.model) else ("layer", layer)
+        raise _refused(group, values, error) from error
 
 
 def build_model(

@@ -132,8 +132,11 @@ def make_plan(argv: list[str]) -> Plan | None:
         _store_layers(swept, folder)
         sweeps = [o for o in swept if o.is_sweep_override()]
         multirun = bool(args.multirun or sweeps or str(base.hydra.mode) == "RunMode.MULTIRUN")
-        jobs: list[list[str]] = BasicSweeper.split_arguments(swept, None)[0] if multirun else [fixed]
-        configs = _compose_jobs(args.config_name or "train", jobs, folder)
+        if multirun:
+            jobs: list[list[str]] = BasicSweeper.split_arguments(swept, None)[0]
+            configs = _compose_jobs(args.config_name or "train", jobs, folder)
+        else:
+            configs = [to_config(base)]
     if sweeps and not args.multirun:
         argv = ["--multirun", *argv]
     parallel = not str(base.hydra.launcher.get("_target_", "")).endswith("BasicLauncher")
@@ -194,7 +197,7 @@ def _missing_group(error: Any, folder: Path) -> str:
     if not group:
         return f"{choice}: there is no such configuration; {suggest(choice, [p.stem for p in folder.glob('*.yaml')])}"
     if group == "layer":
-        options = sorted({*options, *_registered_layers()})
+        options = sorted({*options, *_swappable_layers()})
     return f"{group}={choice}: there is no such {group}; {suggest(choice, options)}"
 
 
@@ -265,7 +268,7 @@ def _check_recipes(recipes: "DictConfig | None", overrides: "list[Override]") ->
         if layer not in known:
             raise ConfigError(f"recipes.{layer}: no such layer, {suggest(layer, known)}")
         for group, settings in (recipe or {}).items():
-            if group not in RECIPE_GROUPS or not isinstance(settings, dict):
+            if group not in RECIPE_GROUPS or not isinstance(settings, dict) or "name" in settings:
                 raise ConfigError(
                     f"recipes.{layer}.{group}={settings}: a recipe holds settings of {', '.join(RECIPE_GROUPS)}, as "
                     f"recipes.{layer}.optimizer.weight_decay=0"
@@ -311,16 +314,18 @@ def _store_layers(overrides: "list[Override]", folder: Path) -> None:
         return
     from archzoo.registry import get_layer, layer_options
 
-    for name in set(missing) & set(_registered_layers()):
-        bias = inspect.signature(get_layer(name).cls).parameters["bias"].default
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in layer_options(name).items()}
-        _store("layer", name, {"name": name, "bias": bias, **options})
+    for name in set(missing) & set(_swappable_layers()):
+        bias = inspect.signature(get_layer(name).cls).parameters.get("bias")  # which a mixer need not have
+        options = {} if bias is None else {"bias": bias.default}
+        options |= {k: list(v) if isinstance(v, tuple) else v for k, v in layer_options(name).items()}
+        _store("layer", name, {"name": name, **options})
 
 
-def _registered_layers() -> list[str]:
-    from archzoo.registry import list_layers
+def _swappable_layers() -> list[str]:
+    """All that models can be made of, whose signatures their kind says."""
+    from archzoo.registry import get_layer, list_layers
 
-    return list_layers("linear")
+    return [name for name in list_layers() if get_layer(name).kind != "module"]
 
 
 # ---- what is wrong with it

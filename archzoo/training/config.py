@@ -98,6 +98,9 @@ class SweepConfig:
     retry_failed: bool = False
     tune: list[str] = field(default_factory=list)
     """Config keys, as `optimizer.lr`, of which the report shows every contestant at its best value."""
+    baseline: str | None = None
+    """What the report compares the others with: a contestant's label there, or a layer. None: `linear` where it takes
+    part, else the layer of the budget."""
 
 
 @dataclass
@@ -132,8 +135,8 @@ _PARTS: dict[str, type] = {
     "sweep": SweepConfig,
 }
 
-RECIPE_GROUPS = ("optimizer", "scheduler", "trainer", "model", "callbacks")
-"""What a recipe may set: how a layer is trained and what is around it, never the task or the budget."""
+RECIPE_GROUPS = ("layer", "optimizer", "scheduler", "trainer", "model", "callbacks")
+"""What a recipe may set: a layer's options, how it is trained and what is around it, never the task or the budget."""
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 SCHEDULERS = ("none", "cosine", "step", "multistep", "poly")
 # What does not change the numbers of a run, and so is not part of its identity.

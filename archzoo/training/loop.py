@@ -9,7 +9,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Trainer:
         model: The model, freshly built; it is moved to the device.
         callbacks: Called in this order.
         record: Called with every line of metrics: a step, and what was measured there.
+        record_text: Called with every line of texts, which a callback has for people to read: a step, and texts.
         save: Called with the trainer when a checkpoint is due.
         should_stop: Looked at once a step; true ends the run after it has been saved.
         progress: Called after every step with (step, fraction of the budget spent).
@@ -82,6 +83,7 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         *,
         record: Callable[[dict[str, float]], None] = lambda line: None,
+        record_text: Callable[[dict[str, Any]], None] = lambda line: None,
         save: Callable[["Trainer"], None] = lambda trainer: None,
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int, float], None] = lambda step, spent: None,
@@ -90,7 +92,8 @@ class Trainer:
         if errors := [*optimizer_errors(config), *stacking_errors(config, task.seeds)]:
             raise ConfigError("\n".join(errors))
         self.config, self.task, self.callbacks = config, task, list(callbacks)
-        self.record, self.save, self.should_stop, self.progress = record, save, should_stop, progress
+        self.record, self.record_text = record, record_text
+        self.save, self.should_stop, self.progress = save, should_stop, progress
         self.device = resolve_device(t.device)
         self.dtype = torch.float64 if t.precision == "float64" else torch.float32
         self.model = model.to(self.device, self.dtype)
@@ -119,6 +122,7 @@ class Trainer:
         self.regularization_factor = 1.0
         self.step, self.inputs = 0, torch.empty(0)
         self.elapsed_before, self.started = 0.0, time.perf_counter()
+        self.aside = 0.0  # seconds of those elapsed in which nothing was trained
         self.evaluations: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.best_weights: dict[str, Tensor] = {}
@@ -130,6 +134,21 @@ class Trainer:
     def elapsed(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         return self.elapsed_before + time.perf_counter() - self.started
+
+    def trained(self) -> float:
+        """Seconds of training so far without evaluations, and what callbacks do at them, and checkpoints."""
+        return self.elapsed() - self.aside
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The clock of `trained` stands still inside."""
+        if self.device.type == "cuda":  # steps that are still in the queue are training
+            torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.aside += time.perf_counter() - began
 
     def spent(self) -> float:
         """Fraction of the training budget that is spent."""
@@ -226,10 +245,13 @@ class Trainer:
                 self._log({"train/loss": loss, "lr": self.optimizer.param_groups[0]["lr"]})
             evaluate = self.step % self.eval_every == 0 or self._done()
             if evaluate:
-                self._evaluate()
+                with self._aside():
+                    metrics = self._evaluate()
+                self._log(metrics)
             stop = self.should_stop()
             if stop or self.step % self.checkpoint_every == 0 or (evaluate and self._done()):
-                self.save(self)
+                with self._aside():
+                    self.save(self)
             if stop and not self._done():
                 raise Interrupted
         for callback in self.callbacks:
@@ -357,7 +379,7 @@ class Trainer:
         model.train(was_training)
         return {f"{split}/{key}": float(value) for key, value in metrics.compute().items()}
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for split in self.task.watched:
             metrics |= self.evaluate(split)
@@ -368,11 +390,11 @@ class Trainer:
         if self.best is None or sign * metrics[key] > sign * self.best[key]:  # never true of a NaN
             self.best = self.evaluations[-1]
             self.best_weights = {k: v.detach().cpu().clone() for k, v in self.eval_model.state_dict().items()}
-        self._log(metrics)
+        return metrics
 
     def _log(self, metrics: dict[str, float]) -> None:
         epoch = self.step / self.steps_per_epoch
-        self.record({"step": self.step, "epoch": epoch, "time_s": self.elapsed(), **metrics})
+        self.record({"step": self.step, "epoch": epoch, "time_s": self.elapsed(), "train_s": self.trained(), **metrics})
 
     # ---- what a checkpoint holds
 
@@ -384,6 +406,7 @@ class Trainer:
             tensors["ema"] = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
         state = {
             "elapsed_s": self.elapsed(),
+            "aside_s": self.aside,
             "evaluations": self.evaluations,
             "best": self.best,
             "changed_at": self.changed_at,
@@ -416,7 +439,7 @@ class Trainer:
             self.ema.module.load_state_dict(tensors["ema"])
         self.step, self.elapsed_before = int(state["step"]), float(state["elapsed_s"])
         self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors["best"]
-        self.changed_at = state.get("changed_at")
+        self.changed_at, self.aside = state.get("changed_at"), float(state.get("aside_s", 0.0))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         for callback, callback_state in callback_states:

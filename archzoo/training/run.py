@@ -1,8 +1,8 @@
 """One run: its folder, its record, and what happens when it is asked for again, cut off, or goes wrong.
 
 A run's folder, `output_dir/<run id>/`, holds `config.yaml`, `run.json` (status and summary), `metrics.jsonl` (one line
-a log step), `checkpoints/`, `model.safetensors` (the best weights by validation score) and `log.txt`. `load_model`
-gives the trained model.
+a log step), `checkpoints/`, `model.safetensors` (the best weights by validation score) and `log.txt`; where a callback
+has texts for people to read, as `sample_text`, also `samples.jsonl`. `load_model` gives the trained model.
 """
 
 import contextlib
@@ -74,6 +74,7 @@ class RunFolder:
         self.path = root / self.id
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self._lock: int | None = None
 
     def __enter__(self) -> "RunFolder":
@@ -104,6 +105,14 @@ class RunFolder:
         """Replaces run.json."""
         replace_file(self.path / "run.json", (json.dumps(_finite(record), indent=1) + "\n").encode())
 
+    def retell(self, record: dict[str, Any]) -> None:
+        """Tells a run that is not trained again what the report goes by now, and the run does not."""
+        asked = {key: self.config["sweep"][key] for key in ("tune", "baseline")}
+        sweep = record["config"].setdefault("sweep", {})
+        if any((sweep.get(key) or None) != (value or None) for key, value in asked.items()):
+            sweep |= asked
+            self.write_record(record)
+
     def clear(self) -> None:
         """Removes everything but the lock: the run starts afresh."""
         for path in self.path.iterdir():
@@ -113,6 +122,11 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+
+    def texts(self) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl that are whole."""
+        lines = self.samples.read_text().split("\n")[:-1] if self.samples.exists() else []
+        return [json.loads(line) for line in lines]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -154,6 +168,7 @@ def execute(
             before = folder.record()
             again = config.sweep.retry_failed and before and before["status"] in ("failed", "diverged")
             if before and before["status"] in FINISHED and not again:
+                folder.retell(before)
                 progress.skip_run(before)
                 return before
             if again:
@@ -194,9 +209,10 @@ def _execute(
             _resume(trainer, folder)
             record["device"] = str(trainer.device)
             folder.write_record(record)
-            trackers = Trackers(config.tracker, folder.path, record, folder.history())
+            trackers = Trackers(config.tracker, folder.path, record, folder.history(), folder.texts())
             with _metrics_writer(folder, trackers) as write:
                 trainer.record = write
+                trainer.record_text = _text_writer(folder, trackers)
                 trainer.save = lambda t: _save(t, folder, config.trainer.keep_checkpoints)
                 anomaly = torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly)
                 with _profiler(config, folder, trainer), anomaly:
@@ -279,9 +295,27 @@ def _resume(trainer: Trainer, folder: RunFolder) -> None:
             continue
         trainer.load_state(tensors, state)
         os.truncate(folder.metrics, state["metrics_bytes"])
+        _drop_texts(folder, trainer.step)
         log.info("resumed from %s", path.name)
         return
     folder.metrics.unlink(missing_ok=True)
+    folder.samples.unlink(missing_ok=True)
+
+
+def _drop_texts(folder: RunFolder, step: int) -> None:
+    """Drops the texts that were written after a step: they are written again."""
+    if folder.samples.exists():
+        kept = [line for line in folder.texts() if line["step"] <= step]
+        replace_file(folder.samples, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _text_writer(folder: RunFolder, trackers: Trackers) -> Callable[[dict[str, Any]], None]:
+    def write(line: dict[str, Any]) -> None:
+        with folder.samples.open("a") as file:  # few lines, and a run without a text has no such file
+            file.write(json.dumps(line) + "\n")
+        trackers.log_text(line)
+
+    return write
 
 
 @contextlib.contextmanager

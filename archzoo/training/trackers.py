@@ -4,6 +4,7 @@
 run goes on. A mirror that starts late, as after an interruption, is brought up to date from the truth first.
 """
 
+import html
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from archzoo.report.samples import visible
 from archzoo.training.config import TrackerConfig
 
 log = logging.getLogger("archzoo")
@@ -23,6 +25,9 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl."""
+
+    def log_text(self, line: Mapping[str, Any]) -> None:
+        """One line of samples.jsonl: a step, and texts."""
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """The final run.json; closes the mirror."""
@@ -47,7 +52,14 @@ class WandbTracker:
     interrupted try are replaced by ones that tell the whole story, for W&B keeps every line ever logged.
     """
 
-    def __init__(self, config: TrackerConfig, folder: Path, record: Mapping[str, Any], history: list[dict[str, Any]]):
+    def __init__(
+        self,
+        config: TrackerConfig,
+        folder: Path,
+        record: Mapping[str, Any],
+        history: list[dict[str, Any]],
+        texts: list[dict[str, Any]],
+    ):
         import wandb
 
         offline = config.wandb == "offline"
@@ -82,13 +94,26 @@ class WandbTracker:
             log.warning("W&B is not reachable (%s): this run is recorded offline", error)
             self.run = wandb.init(mode="offline", **options)
         known = 0 if self.run.settings.mode == "offline" else int(self.run.step or 0)
-        for line in history:
+        # In one order: W&B takes no step that lies behind one that it has.
+        told = [*((line, self.log_text) for line in texts), *((line, self.log) for line in history)]
+        for line, log_line in sorted(told, key=lambda entry: int(entry[0]["step"])):
             if not known or line["step"] > known:
-                self.log(line)
+                log_line(line)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Logs a line at its step."""
         self.run.log(dict(metrics), step=int(metrics["step"]))
+
+    def log_text(self, line: Mapping[str, Any]) -> None:
+        """Logs texts at their step, as they are typed."""
+        import wandb
+
+        pages = {
+            key: wandb.Html(f"<pre>{html.escape(visible(text))}</pre>", inject=False)
+            for key, text in line.items()
+            if key != "step"
+        }
+        self.run.log(pages, step=int(line["step"]))
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes the summary and closes the run."""
@@ -99,19 +124,28 @@ class WandbTracker:
 class TensorBoardTracker:
     """TensorBoard events under `tensorboard/` of the run folder."""
 
-    def __init__(self, folder: Path, history: list[dict[str, Any]]):
+    def __init__(self, folder: Path, history: list[dict[str, Any]], texts: list[dict[str, Any]]):
         from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         for line in history:
             self.log(line)
+        for line in texts:
+            self.log_text(line)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Adds a scalar for each metric."""
         for key, value in metrics.items():
             if key != "step":
                 self.writer.add_scalar(key, value, int(metrics["step"]))
+
+    def log_text(self, line: Mapping[str, Any]) -> None:
+        """Adds texts at their step; the four spaces keep Markdown from reading them."""
+        for key, text in line.items():
+            if key != "step":
+                shown = "\n".join(f"    {row}" for row in visible(text).split("\n"))
+                self.writer.add_text(key, shown, int(line["step"]))
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Adds the summary and closes the file."""
@@ -122,13 +156,20 @@ class TensorBoardTracker:
 class Trackers:
     """All mirrors of a run. One that fails is dropped with a warning."""
 
-    def __init__(self, config: TrackerConfig, folder: Path, record: Mapping[str, Any], history: list[dict[str, Any]]):
+    def __init__(
+        self,
+        config: TrackerConfig,
+        folder: Path,
+        record: Mapping[str, Any],
+        history: list[dict[str, Any]],
+        texts: list[dict[str, Any]],
+    ):
         self.trackers: list[Tracker] = []
         if config.wandb != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")
-            self._guard("W&B", lambda: self.trackers.append(WandbTracker(config, folder, record, history)))
+            self._guard("W&B", lambda: self.trackers.append(WandbTracker(config, folder, record, history, texts)))
         if config.tensorboard:
-            self._guard("TensorBoard", lambda: self.trackers.append(TensorBoardTracker(folder, history)))
+            self._guard("TensorBoard", lambda: self.trackers.append(TensorBoardTracker(folder, history, texts)))
 
     def _guard(self, what: str, act: Any) -> bool:
         try:
@@ -141,6 +182,10 @@ class Trackers:
     def log(self, metrics: Mapping[str, float]) -> None:
         """Feeds a line to every mirror."""
         self.trackers = [t for t in self.trackers if self._guard(type(t).__name__, lambda t=t: t.log(metrics))]
+
+    def log_text(self, line: Mapping[str, Any]) -> None:
+        """Feeds a line of texts to every mirror."""
+        self.trackers = [t for t in self.trackers if self._guard(type(t).__name__, lambda t=t: t.log_text(line))]
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Closes every mirror."""

@@ -1,5 +1,7 @@
 """The attention op against its definition, and torch's own function."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,12 +48,95 @@ def test_keys_may_be_of_another_number_even_none(length):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def some_seen(*shape):
+    """A mask of bool by which everybody sees the last token, and half of the others."""
+    seen = torch.rand(shape) < 0.5
+    seen[..., -1] = True
+    return seen
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    kept=st.lists(st.booleans(), max_size=4),
+    numbers=st.booleans(),
+)
+def test_a_mask_of_any_shape_is_that_of_the_definition(sizes, kept, numbers):
+    q, k, v = (torch.randn(*sizes[:2], length, 4, dtype=torch.float64) for length in (sizes[2], *[sizes[3]] * 2))
+    shape = [size if keep else 1 for size, keep in zip(sizes[4 - len(kept) :], kept, strict=True)]
+    seen = some_seen(*shape) if shape else torch.tensor(True)
+    added = torch.zeros(shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+    if numbers:
+        added = added + torch.randn(shape, dtype=torch.float64)
+    got = value_and_grads(lambda *t: attention(*t, attn_mask=added if numbers else seen), (q, k, v))
+    for a, b in zip(got, value_and_grads(lambda *t: attention_reference(*t, mask=added), (q, k, v)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_a_mask_may_be_learned():
+    q, k, v = inputs()
+    mask = torch.randn(3, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda mask: attention(q, k, v, attn_mask=mask), (mask,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_with_a_mask_it_is_torchs_own_to_the_last_bit(dtype):
+    q, k, v = inputs((2, 2, 33, 16), dtype=dtype)
+    for mask in (some_seen(33, 33), torch.randn(2, 1, 1, 33, dtype=dtype)):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert torch.equal(attention(q, k, v, attn_mask=mask), want)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_gradients_of_both_orders(causal):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_is_where_the_definition_has_it(dtype, value, causal):
+    for length in (1, 7, 16, 37):  # torch's kernel takes 16 keys at once
+        for which in range(2):
+            for place in {0, length // 2, length - 1}:
+                for features in (slice(0, 1), slice(None)):
+                    leaves = inputs((1, 2, length, 8), dtype=dtype)
+                    leaves[which][0, 1, place, features] = value
+                    got = value_and_grads(lambda *t: attention(*t, causal=causal), leaves)
+                    want = attention_reference(*(t.double() for t in leaves), causal)
+                    assert torch.equal(got[0].isnan(), want.isnan()), (length, which, place)
+                    if want.isnan().any():
+                        assert any(gradient.isnan().any() for gradient in got[1:])
+                    assert not any(t[0, 0].isnan().any() for t in got), "NaN reached another head"
+
+
+@pytest.mark.parametrize("length", [5, 37])
+def test_a_mask_hides_no_nan(length):
+    others = ~torch.eye(length, dtype=torch.bool)
+    for which in range(2):
+        leaves = inputs((2, 3, length, 4), dtype=torch.float32)
+        leaves[which][1, 2, 3] = math.nan
+        added = torch.zeros(length, length, dtype=torch.float64).masked_fill(~others, -math.inf)
+        want = attention_reference(*(t.double() for t in leaves), mask=added).isnan()
+        assert torch.equal(attention(*leaves, attn_mask=others).isnan(), want)
+        assert want[1, 2, 3].all()
+        assert not want[0].any()
+
+
+def test_a_sum_of_exponentials_of_one_is_no_nan():
+    """Its logarithm is 0, by which torch's kernel marks what it hides."""
+    q, k, v = inputs()
+    for t in (q, k):
+        t.zero_()
+    k[..., 1:, 0] = -math.inf
+    q[..., 1:, 0] = 1.0
+    y = attention(q, k, v, causal=True)
+    assert torch.equal(y[:, :, 0], v[:, :, 0])
+    assert torch.equal(y, v[:, :, :1].expand_as(v))
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "masked"])
+def test_gradients_of_both_orders(kind):
     leaves = [t.requires_grad_() for t in inputs()]
+    mask = some_seen(3, 5, 5) if kind == "masked" else None
 
     def call(q, k, v):
-        return attention(q, k, v, causal=causal)
+        return attention(q, k, v, causal=kind == "causal", attn_mask=mask)
 
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
@@ -64,10 +149,11 @@ def test_gradients_of_both_orders(causal):
 @pytest.mark.parametrize("rows", [0, 2])
 def test_opcheck(rows):
     q, k, v = (t.requires_grad_() for t in inputs((rows, 3, 5, 4), dtype=torch.float32))
-    opcheck(attention_op, (q, k, v, True))
-    with torch.no_grad():
-        y, sums = attention_op(q, k, v, True)
-    opcheck(attention_backward_op, (torch.randn_like(y), *(t.detach() for t in (q, k, v)), y, sums, True))
+    for options in ((True, None), (False, torch.randn(1, 1, 5, 5))):
+        opcheck(attention_op, (q, k, v, *options))
+        with torch.no_grad():
+            y, sums = attention_op(q, k, v, *options)
+        opcheck(attention_backward_op, (torch.randn_like(y), *(t.detach() for t in (q, k, v)), y, sums, *options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -133,3 +219,12 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=r"^q, k, v of shapes .*must be \(B, H, L, D\)"):
             attention(*arguments, **options)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    q, k, v = inputs()
+    for mask in (torch.ones(5, 4, dtype=torch.bool), torch.ones(5, 5, dtype=torch.int64), torch.ones(1, 1, 1, 5, 5)):
+        with pytest.raises(ValueError, match=r"^attn_mask of shape .* = \(2, 3, 5, 5\)"):
+            attention(q, k, v, attn_mask=mask)
+    with pytest.raises(ValueError, match="^causal=True: must be False beside attn_mask"):
+        attention(q, k, v, causal=True, attn_mask=torch.ones(5, 5, dtype=torch.bool))

@@ -37,8 +37,15 @@ def write_run(
     steps: int = 400,
     metrics: bool = True,
     change: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    tune: Sequence[str] = (),
+    validation: float | None = None,
+    curve: Sequence[tuple[int, float | None, float | None]] | None = None,
 ) -> Path:
-    """One run folder; `budget` is of the config; `change` replaces keys of run.json, and drops those that are `...`."""
+    """One run folder; `budget` is of the config; `change` replaces keys of run.json, and drops those that are `...`.
+
+    `validation` is the best evaluation's score, by default the test score; `curve` is of (step, seconds, score).
+    """
     folder.mkdir(parents=True)
     ended = status in ("done", "failed", "diverged")
     record: dict[str, Any] = {
@@ -53,10 +60,11 @@ def write_run(
             "task": {"name": task, **(task_options or {})},
             "model": {"name": "mlp", "width": 64, "depth": 2, **(model or {})},
             "layer": {"name": layer, "bias": True, **(options or {})},
-            "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0},
+            "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0} | (optimizer or {}),
             "trainer": {"steps": steps, "epochs": None, "batch_size": 64},
             "budget": {"match": "params", "to": "linear", "tolerance": 0.01} | (budget or {}),
             "seed": seed,
+            "sweep": {"retry_failed": False, "tune": list(tune)},
         },
         "layer": layer,
         "task": task,
@@ -77,7 +85,7 @@ def write_run(
         "bytes_per_step": None,
         "score": {"metric": metric, "mode": mode, "split": "test", "value": score, "step": steps} if ended else None,
         "summary": {
-            "best": {"step": steps, f"val/{metric}": score},
+            "best": {"step": steps, f"val/{metric}": score if validation is None else validation},
             "last": {"step": steps, f"val/{metric}": score},
             "test": {metric: score},
             "task": task_summary or {},
@@ -99,7 +107,13 @@ def write_run(
             record[key] = value
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "config.yaml").write_text("seed: not read\n")
-    if metrics:
+    if curve is not None:
+        lines = [
+            {"step": step, "time_s": 2 * step, "train_s": seconds, f"val/{metric}": value}
+            for step, seconds, value in curve
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elif metrics:
         write_metrics(folder, score if score is not None else 0.5, steps, metric, mode, seed or 0, status)
     return folder
 
@@ -112,15 +126,15 @@ def write_metrics(folder: Path, score: float, steps: int, metric: str, mode: str
     lines = []
     for step in range(0, last + 1, max(1, steps // 40)):
         left = math.exp(-6 * step / steps)
+        seconds = {"time_s": step / 900, "train_s": step / 1000}
         loss: float = 2.3 * left + 0.05 + 0.03 * rng.random()
         if status == "diverged" and step > 0.9 * last:
             loss = math.nan
-        lines.append(
-            json.dumps({"step": step, "epoch": step / 20, "time_s": step / 900, "train/loss": loss, "lr": 1e-3})
-        )
+        lines.append(json.dumps({"step": step, "epoch": step / 20, **seconds, "train/loss": loss, "lr": 1e-3}))
         if step % (steps // 20) == 0:
             value = score + (start - score) * left + 0.004 * score * rng.gauss(0, 1) * left
-            lines.append(json.dumps({"step": step, "epoch": step / 20, f"val/{metric}": value, "val/loss": loss}))
+            line = {"step": step, "epoch": step / 20, **seconds, f"val/{metric}": value, "val/loss": loss}
+            lines.append(json.dumps(line))
     text = "\n".join(lines) + "\n"
     if status != "done":
         text += '{"step": 999, "val/'

@@ -286,6 +286,16 @@ def test_the_default_baseline_is_linear_or_what_the_budget_was_matched_to(build)
     assert default_baseline(load_comparison(folder)) == "phm"
 
 
+@pytest.mark.parametrize(("named", "baseline"), [("kan", "kan"), ("nobody", "linear"), (None, "linear")])
+def test_the_sweep_may_name_the_baseline(build, named, baseline):
+    folder = build({"linear": [1], "kan": [1]})
+    for path in folder.glob("*/run.json"):
+        record = json.loads(path.read_text())
+        record["config"]["sweep"] = {"baseline": named}
+        path.write_text(json.dumps(record))
+    assert default_baseline(load_comparison(folder)) == baseline
+
+
 @pytest.mark.parametrize(
     ("metric", "values", "value", "shown"),
     [

@@ -14,8 +14,9 @@ from torch import nn
 from archzoo.layers.arithmetic import NAU
 from archzoo.models.stacked import Stacked, build_stacked
 from archzoo.report.stats import wilson
-from archzoo.tasks.arithmetic import BLOCK, OPERATIONS, STREAM_LENGTH, Arithmetic
+from archzoo.tasks.arithmetic import BLOCK, OPERATIONS, Arithmetic
 from archzoo.tasks.seeds import median_interval, rate
+from archzoo.tasks.stream import STREAM_LENGTH
 from archzoo.training.config import ConfigError, validate
 from archzoo.training.run import execute, load_model
 from tests.training.support import make_config

@@ -45,13 +45,17 @@ def same(a: Any, b: Any) -> bool:
 def test_registry_holds_the_tasks_and_config_group_the_same():
     assert tasks.names() == [
         "arithmetic",
+        "associative_recall",
         "autoencoding",
+        "char_lm",
         "digits",
         "fashion_mnist",
         "functions",
+        "induction_heads",
         "mnist",
         "mnist_arithmetic",
         "poisson",
+        "selective_copying",
         "super_resolution",
         "tabular",
         "text",

@@ -11,6 +11,7 @@ from archzoo.training.config import (
     BudgetConfig,
     OptimizerConfig,
     SchedulerConfig,
+    SweepConfig,
     TrackerConfig,
     TrainConfig,
     TrainerConfig,
@@ -45,6 +46,7 @@ def make_config(output_dir: Path | str = "unused", **changes: Any) -> TrainConfi
         ),
         "budget": BudgetConfig(**{"match": "none", **changes.pop("budget", {})}),
         "tracker": TrackerConfig(**{"wandb": "disabled", **changes.pop("tracker", {})}),
+        "sweep": SweepConfig(**changes.pop("sweep", {})),
     }
     defaults: dict[str, Any] = {
         "name": "test",
@@ -59,4 +61,4 @@ def make_config(output_dir: Path | str = "unused", **changes: Any) -> TrainConfi
 def lines_without_time(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what a clock wrote."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("time_s", "train_s")} for line in lines]

@@ -34,8 +34,8 @@ def fit(model, callback, steps=10, **trainer):
 
 def test_all_are_found_by_name():
     assert callbacks.names() == [
-        *("grid_refine", "grid_update", "regularization_warmup", "selection_stages", "sparsity_schedule"),
-        "symbolic_regression",
+        *("grid_refine", "grid_update", "regularization_warmup", "sample_text", "selection_stages"),
+        *("sparsity_schedule", "symbolic_regression"),
     ]
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -7,8 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from torch import nn
 
+from archzoo import Card, registry
 from archzoo.training import cli
+from archzoo.training.config import ConfigError
 from tests.helpers import REPOSITORY
 from tests.training.support import lines_without_time
 
@@ -74,6 +79,22 @@ def test_a_wrong_option_of_the_chosen_layer_is_refused(tmp_path, monkeypatch, ca
     train("layer=kan", "layer.grid_size=0", expect=2)
     assert "error: layer.grid_size=0: must be a whole number, at least 1 (layer kan)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "mixer"])
+def test_a_layer_of_any_kind_without_a_yaml_is_known_and_suggested(kind, monkeypatch):
+    class Own(nn.Identity):
+        def __init__(self, dim, *, gain=(1, 2), device=None, dtype=None):
+            super().__init__()
+
+    own = "zorn_" + kind
+    card = Card("t", "a", 2026, "", "e", "h", "r")
+    monkeypatch.setitem(registry._entries, own, registry.LayerEntry(own, Own, kind, card, nonlinear=True))
+    monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
+    plan = cli.make_plan([f"layer={own}"])
+    assert [config.layer for config in plan.configs] == [{"name": own, "gain": [1, 2]}]
+    with pytest.raises(ConfigError, match=f"^layer=zron_{kind}: there is no such layer; did you mean '{own}'"):
+        cli.make_plan([f"layer=zron_{kind}"])
 
 
 def test_all_wrong_values_are_told_at_once(capsys):

@@ -33,6 +33,12 @@ def test_a_sound_config_passes():
         ({"tracker": {"wandb": "offlin"}}, "did you mean 'offline'"),
         ({"layer": {}}, "layer.name: missing"),
         ({"name": "a/b"}, "name='a/b'"),
+        ({"sweep": {"tune": ["optimizer.lrr"]}}, "sweep.tune=optimizer.lrr: there is no such key; did you mean"),
+        ({"sweep": {"tune": ["lr"]}}, "sweep.tune=lr: there is no such key; choose one of optimizer.lr"),
+        ({"sweep": {"tune": ["optimizer"]}}, "sweep.tune=optimizer: is a group of keys; did you mean 'optimizer."),
+        ({"sweep": {"tune": ["optimizer.lr", "seed"]}}, "sweep.tune=seed: must be a setting that decides"),
+        ({"sweep": {"tune": ["trainer.threads"]}}, "sweep.tune=trainer.threads: must be a setting that decides"),
+        ({"sweep": {"tune": ["task.name"]}}, "sweep.tune=task.name: must be a setting"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(changes, words):
@@ -50,6 +56,7 @@ def test_all_wrong_values_are_told_at_once():
 @pytest.mark.parametrize(
     "changes",
     [{"name": "other"}, {"output_dir": "elsewhere"}, {"data_dir": "x"}, {"tracker": {"tensorboard": True}}]
+    + [{"sweep": {"tune": ["optimizer.lr"]}}]
     + [{"trainer": {key: 3}} for key in ("threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints")],
 )
 def test_a_runs_id_ignores_paths_logging_and_devices(changes):
@@ -68,6 +75,16 @@ def test_a_runs_id_tells_different_results_apart(changes):
 def test_a_recorded_config_is_read_back():
     config = make_config(optimizer={"name": "lbfgs", "options": {"max_iter": 3}}, callbacks={"grid_update": {}})
     assert from_plain(asdict_plain(config)) == config
+
+
+def test_what_is_tuned_is_recorded_and_a_record_from_before_is_read():
+    config = make_config(sweep={"tune": ["optimizer.lr", "layer.bias"]}, layer={"name": "linear", "bias": True})
+    validate(config)
+    plain = asdict_plain(config)
+    assert plain["sweep"]["tune"] == ["optimizer.lr", "layer.bias"]
+    assert from_plain(plain) == config
+    del plain["sweep"]["tune"]
+    assert from_plain(plain).sweep.tune == []
 
 
 def test_identity_keeps_what_counts():

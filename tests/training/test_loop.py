@@ -302,9 +302,47 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, trainer, stop_
     assert second.evaluations == whole.evaluations
 
     def untimed(recorded):
-        return [{k: v for k, v in line.items() if k != "time_s"} for line in recorded]
+        return [{k: v for k, v in line.items() if k not in ("time_s", "train_s")} for line in recorded]
 
     assert untimed(first_lines + rest) == untimed(lines)
+
+
+class Slow(Callback):
+    """A step takes a second and an evaluation ten more, by a clock of its own."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def after_step(self, trainer):
+        self.now += 1
+
+    def on_evaluate(self, trainer, metrics):
+        self.now += 10
+
+
+def test_seconds_of_training_leave_out_evaluations_and_checkpoints_also_after_a_resume(tmp_path, monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr("archzoo.training.loop.time", slow)
+    config = make_config(tmp_path)
+
+    def save(trainer):
+        save_checkpoint(tmp_path, trainer.step, *trainer.state(), keep=9)
+        slow.now += 100
+
+    lines = []
+    first = Trainer(config, Blobs(), small_model(), [slow], record=lines.append, save=save)
+    first.should_stop = lambda: first.step == 6
+    with pytest.raises(Interrupted):
+        first.fit()
+    second = Trainer(config, Blobs(), small_model(), [slow], record=lines.append, save=save)
+    second.load_state(*load_checkpoint(tmp_path / "step_00000006"))
+    second.fit()
+    assert {line["step"] for line in lines} == set(range(1, 13))
+    assert all(line["train_s"] == line["step"] for line in lines)
+    assert lines[-1]["time_s"] == 12 + 3 * 10 + 2 * 100  # the save at the stop and at the end come after what is told
 
 
 def test_a_checkpoint_of_another_setting_is_refused(tmp_path):

@@ -17,8 +17,9 @@ def configs(*arguments):
 
 
 def test_a_recipe_is_its_layers_alone():
-    plan = configs(*SWEEP, WARM)
+    plan = configs(*SWEEP, WARM, "+recipes.kan.layer.grid_size=7")
     assert plan["kan"].optimizer.lr == 0.05
+    assert plan["kan"].layer["grid_size"] == 7
     assert plan["kan"].scheduler.warmup == 0.25
     assert plan["kan"].optimizer.weight_decay == 0.1, "what a recipe does not set is everybody's"
     assert plan["linear"].optimizer.lr == 1e-3
@@ -47,14 +48,16 @@ def test_the_run_is_trained_by_it(tmp_path):
     ("arguments", "words"),
     [
         (["+recipes.kann.optimizer.lr=0.1"], "recipes.kann: no such layer, did you mean 'kan'"),
-        (["+recipes.kan.budget.match=none"], "recipes.kan.budget=.*: a recipe holds settings of optimizer"),
+        (["+recipes.kan.budget.match=none"], "recipes.kan.budget=.*: a recipe holds settings of layer, optimizer"),
         (["+recipes.kan.optimizer=5"], "recipes.kan.optimizer=5: a recipe holds"),
+        (["+recipes.kan.layer.name=linear"], "recipes.kan.layer=.*: a recipe holds"),
+        (["+recipes.kan.layer.grid=5"], "grid"),
         (["+recipes.kan.optimizer.rate=5"], "rate"),
         (["+recipes.kan.optimizer.lr=fast"], r"optimizer\.lr.*fast"),
         (["+recipes.kan.optimizer.lr=0.1", "optimizer.lr=0.2"], r"optimizer.lr=0.2: the recipe of layer kan sets"),
         (["+recipes.kan.optimizer.lr=0.1", "optimizer.lr=0.2,0.3"], r"optimizer.lr=0.2,0.3: the recipe of layer kan"),
     ],
-    ids=["layer", "group", "number", "key", "type", "typed", "swept"],
+    ids=["layer", "group", "number", "name", "option", "key", "type", "typed", "swept"],
 )
 def test_what_is_wrong_is_said_before_anything_runs(arguments, words):
     with pytest.raises(ConfigError, match=words):

@@ -57,6 +57,17 @@ def test_a_run_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     assert execute(config) == first
 
 
+def test_a_run_that_is_done_is_told_what_is_tuned_now(tmp_path, monkeypatch):
+    first = execute(make_config(tmp_path))
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trained again"))
+    config = make_config(tmp_path, sweep={"tune": ["optimizer.lr"], "baseline": "kan"})
+    record = execute(config)
+    assert record == read_record(folder_of(config))
+    assert [record["config"]["sweep"].pop(key) for key in ("tune", "baseline")] == [["optimizer.lr"], "kan"]
+    assert [first["config"]["sweep"].pop(key) for key in ("tune", "baseline")] == [[], None]
+    assert record == first
+
+
 @pytest.mark.parametrize("stop_at", [0, 3, 10])
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path, stop_at):
     whole = make_config(tmp_path / "whole", trainer={"ema_decay": 0.9})

@@ -1,0 +1,57 @@
+"""What the contestants wrote, where they are language models and the callback `sample_text` had them write."""
+
+import json
+from dataclasses import dataclass
+
+from archzoo.report.load import Comparison, Run
+
+LONGEST = 600
+"""Characters of a text that are shown: a report is no anthology."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A text by the best run of a contestant."""
+
+    label: str
+    """The contestant's, with the seed."""
+    text: str
+    """At most `LONGEST` characters, all of which can be shown."""
+
+    @property
+    def line(self) -> str:
+        """The beginning of the text in one line, for a terminal."""
+        whole = self.text.replace("\t", " ").replace("\n", "⏎")
+        return whole if len(whole) <= 160 else whole[:159] + "…"
+
+
+def visible(text: str) -> str:
+    r"""The text with U+FFFD in the place of what cannot be shown: control characters, lone surrogates.
+
+    >>> visible("a\0b\n")
+    'a�b\n'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def samples(comparison: Comparison) -> tuple[Sample, ...]:
+    """A text of each contestant that has one, by its run with the best score."""
+    sign = 1 if comparison.mode == "max" else -1
+    found = []
+    for group in comparison.groups:
+        scored = [(sign * run.score, run) for run in group.counted if run.score is not None]
+        for _, run in sorted(scored, key=lambda entry: -entry[0]):
+            if text := _text(run):
+                shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+                seed = "" if run.seed is None else f", seed {run.seed}"
+                found.append(Sample(group.label + seed, shown))
+                break
+    return tuple(found)
+
+
+def _text(run: Run) -> str:
+    try:
+        text = json.loads((run.folder / "run.json").read_bytes())["summary"]["task"]["sample"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # as a run of another task has it
+        return ""
+    return visible(text) if isinstance(text, str) else ""
