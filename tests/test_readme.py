@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -29,14 +30,16 @@ def test_the_two_commands_are_there():
     assert all(command.startswith("python3 -m venv .venv && ") for command in (install_and_run, install_and_test))
 
 
-TRAINER = [line.partition("#")[0].strip() for line in blocks("sh")[2].splitlines() if "train.py" in line]
+TRAINER = [
+    line.partition("#")[0].strip() for block in blocks("sh")[2:] for line in block.splitlines() if "train.py" in line
+]
 
 
 @pytest.mark.parametrize("command", TRAINER)
 def test_trainer_commands_compose(command, tmp_path, monkeypatch, capsys):
     """Runs every command of the README up to its configuration; a wrong key or group fails."""
     monkeypatch.chdir(tmp_path)
-    arguments = command.replace("'", "").split("train.py ")[1].split()
+    arguments = shlex.split(command.split("train.py ")[1])
     shown = [] if arguments[0].startswith("--") else ["--cfg", "job"]
     try:
         code = cli.main([*arguments, *shown])
