@@ -1,4 +1,4 @@
-"""What is told where a model cannot be had at the configured widths, but could at others."""
+"""Widths at a budget: what is told where they cannot be had, and that a sweep searches once."""
 
 import re
 from types import SimpleNamespace
@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from archzoo.budget import match_widths
+from archzoo.training import build
 from archzoo.training.build import choose_widths
 from archzoo.training.config import ConfigError
 from tests.training.support import make_config
@@ -47,3 +49,25 @@ def test_where_widths_are_chosen_the_configured_one_need_not_fit():
     match = choose_widths(config, TOKENS)
     assert match is not None
     assert match.widths[0] % 28 == 0
+
+
+def test_a_search_is_made_once_and_leaves_random_numbers_alone(monkeypatch):
+    searches = []
+
+    def search(*arguments):
+        searches.append(torch.rand(3))
+        return match_widths(*arguments)
+
+    monkeypatch.setattr(build, "match_widths", search)
+    monkeypatch.setattr(build, "_chosen", {})
+    state = torch.get_rng_state()
+    found = []
+    for seed, to in ((0, 6300), (1, 6300), (0, 8000)):
+        config = make_config(
+            layer={"name": "linear"}, model=TRANSFORMER, budget={"match": "params", "to": to}, seed=seed
+        )
+        config.budget.tolerance = 0.1
+        found.append(choose_widths(config, TOKENS))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(searches) == 2
+    assert found[0] == found[1] != found[2]
