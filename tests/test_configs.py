@@ -112,8 +112,10 @@ def first_of_each(sweep):
 
 # Those of several sizes, or of large networks. The rest of the suite has their tasks, models and layers.
 LARGER = [name for name in options("experiment") if name.endswith(("_paper", "_large"))]
-GPU = {name: ["seed=0", "trainer.batch_size=2"] for name in LARGER}
+GPU = {name: ["seed=0", "trainer.batch_size=1"] for name in LARGER}
 GPU["induction_heads_paper"].append("task.test_lengths=[64]")
+for name in ("ngpt_vs_gpt_large", "mamba_vs_attention_large"):
+    GPU[name] += ["callbacks.sample_text.length=20", "trainer.eval_batch_size=1"]
 LARGE = {"vikanformer_mnist", "selectable_kan_images", "super_resolution_params", "kan_autoencoder_mnist", *GPU}
 
 
@@ -132,5 +134,5 @@ def test_every_experiment_trains_a_step_of_each_contestant(name, tmp_path):
     skip_without_data(re.findall(r"\w+", re.sub(r"(^|\s)#.*", "", text)))
     fewer = first_of_each(yaml.safe_load(text)["hydra"]["sweeper"]["params"])
     smaller = GPU.get(name, ["seed=0,1"])
-    trains(f"experiment={name}", f"output_dir={tmp_path}", *smaller, *fewer, *STEP)
+    trains(f"experiment={name}", f"output_dir={tmp_path}", *fewer, *STEP, *smaller)
     assert (tmp_path / "report.html").exists()

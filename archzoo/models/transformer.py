@@ -11,7 +11,7 @@ from archzoo.models.model import LayerFactory, check_kind, register_model, token
 from archzoo.models.vit import LayerMLP
 from archzoo.registry import layer_options
 
-_SOME_DIM = 720720  # a multiple of all small numbers, to see whether a mixer is causal
+_SOME_DIM = 64 * 720720  # a multiple of all small numbers, to see whether a mixer is causal
 
 
 class LayerAttention(nn.Module):

@@ -26,6 +26,7 @@ MIXERS = {
     "ngpt": ({"num_heads": 3}, KeyValueCache),
     "mamba": ({"d_state": 4}, StateCache),
     "mamba2": ({"d_state": 4, "headdim": 8}, StateCache),
+    "mamba3": ({"d_state": 4, "headdim": 8}, StateCache),
     "selective_ssm": ({"d_state": 4}, StateCache),
     "phm_attention": ({"num_heads": 3, "n": 2}, InputCache),
 }
@@ -115,6 +116,10 @@ def test_it_learns_with_every_parameter(mixer):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_a_mixer_may_want_wide_heads():
+    assert language_model(V, 512, 1, mixer="mamba2", mixer_options={"headdim": 512}, device="meta").dim == 512
 
 
 def test_first_weights():
