@@ -60,8 +60,10 @@ def differentiable_gradients(
     definition: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of the inputs that can be differentiated again, through the definition: for `create_graph=True`."""
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
     with torch.enable_grad():
+        # Of views: where one input was made of another, autograd would go on from it into that one, and count it twice.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
         found = iter(torch.autograd.grad(definition(*inputs), wanted, dy, create_graph=True))
     return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
 

@@ -118,7 +118,7 @@ class Slab:
         self.x = self.tokens(problem.x)
         self.delta = self.tokens(problem.delta).unsqueeze(-1)
         self.B, self.C = (self.weights(t).to(problem.dtype).contiguous() for t in (problem.B, problem.C))
-        cs = self.tokens(problem.log_decay).mT.cumsum(-1, dtype=_sum_dtype(problem.x))  # (b, k, g, r, q)
+        cs = self.tokens(problem.log_decay).mT.cumsum(-1, dtype=sum_dtype(problem.x))  # (b, k, g, r, q)
         enter, leave, through = (t.to(problem.dtype) for t in (cs, cs[..., -1:] - cs, cs[..., -1]))
         exponents = (cs.unsqueeze(-1) - cs.unsqueeze(-2)).to(problem.dtype)
         mask = exponents.new_full((steps, steps), -torch.inf).triu_(1)  # added: masked_fill_ takes twice as long as exp
@@ -174,8 +174,8 @@ class Slab:
         return t.unflatten(-1, (-1, self.problem.width))
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    """Of cs: where it is -1e3, float32 leaves an error of 6e-5 in a difference. Apple's GPUs have nothing wider."""
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Of sums over time: at 1e3, float32 leaves an error of 6e-5 in a difference. Apple's GPUs have nothing wider."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -300,7 +300,8 @@ class Gradients:
         """In the shapes and dtypes of the op's arguments."""
         A = dt = D = None
         if self.log_decay is not None and self.delta is not None:
-            A = (self.log_decay * self.problem.delta).sum((0, 1))
+            A = self.log_decay * self.problem.delta
+            A = A.sum((0, 1)) if self.problem.A.dim() == 1 else A
             dt = self.problem.raw_gradient(self.delta.addcmul_(self.log_decay, self.problem.A))
         if self.D is not None and self.inputs[5] is not None:
             D = self.D if self.inputs[5].dim() == 2 else self.D.sum(1)
@@ -348,7 +349,7 @@ def check_ssd(
     for name, t, shape in (
         ("C", C, tuple(B.shape)),
         ("dt", dt, (batch, length, heads)),
-        ("A", A, (heads,)),
+        ("A", A, (batch, length, heads) if A.dim() == 3 else (heads,)),
         ("D", D, (heads, width) if D is not None and D.dim() == 2 else (heads,)),
         ("z", z, tuple(x.shape)),
         ("dt_bias", dt_bias, (heads,)),

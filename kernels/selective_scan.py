@@ -341,6 +341,8 @@ def _twice(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, through the definition."""
+    # Views: where one input was made of another, the gradient of each is still that of this op alone.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
     arguments: tuple[Any, ...] = (*inputs, seq_idx, delta_softplus)
     pairs = zip(_plain(*arguments), (dout, dlast), strict=True)
     ys, dys = zip(*((y, dy) for y, dy in pairs if dy is not None), strict=True)

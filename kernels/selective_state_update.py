@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.kernels._op import without_autocast
 from archzoo.kernels._scan import check_shape
 
 
@@ -74,6 +75,7 @@ def selective_state_update(
     return state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
+@without_autocast
 def state_update(
     state: Tensor,
     x: Tensor,

@@ -237,6 +237,8 @@ def _twice(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, through the definition."""
+    # Views: where one input was made of another, the gradient of each is still that of this op alone.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
     arguments: tuple[Any, ...] = (*inputs, seq_idx, *options)
     pairs = zip(_plain(*arguments), (dout, dfinal), strict=True)
     ys, dys = zip(*((y, dy) for y, dy in pairs if dy is not None), strict=True)
@@ -408,7 +410,7 @@ def ssd(
     Args:
         x: (batch, L, H, P), real floating point, of any strides, as all that follows.
         dt: (batch, L, H), step sizes before bias and softplus.
-        A: (H,); negative, or states grow without bound.
+        A: (H,), or (batch, L, H) where it differs between tokens; negative, or states grow without bound.
         B: (batch, L, G, N), where head h has group h // (H / G).
         C: As B.
         chunk_size: Number Q of steps in a chunk; the result depends on it by rounding alone, and L may be any.

@@ -22,14 +22,21 @@ STEP = [
     "trainer.limit_batches=1",
     "trainer.eval_batch_size=8",  # which all scores can do with
 ]
-NEEDS_DATA = {"mnist", "mnist_arithmetic", "fashion_mnist", "cifar10", "text"}
+NEEDS_DATA = {"mnist", "mnist_arithmetic", "multi_mnist", "fashion_mnist", "cifar10", "text"}
 # What a model or a task must be run with, where the default layer, model or budget do not go with it.
 OF_KIND = {
     "linear": [],
     "conv2d": ["model=cnn", "model.stem=8", "budget.to=conv2d"],
     "mixer": ["model=transformer", "task=text", "budget.match=none"],
 }
+CAPSULES = ["task=mnist", "task.loss=margin", "task.standardize=false", "budget.match=none", "model.decoder=null"]
+CAPSULES += ["model.width=8", "model.capsule_types=2"]
 FITTING = {
+    "layer=bpu": ["model=bpu", "model.connectome=generated", "budget.match=none"],
+    "model=bpu": ["layer=bpu", "model.connectome=generated", "budget.match=none"],
+    "layer=capsules": ["model=capsnet", *CAPSULES],
+    "layer=self_attention_routing": ["model=capsnet", *CAPSULES],
+    "model=capsnet": ["layer=capsules", *CAPSULES],
     "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
     "model=transformer": ["task=text"],
     "model=decoder": ["task=text", "model.width=64"],
@@ -66,7 +73,7 @@ def trains(*arguments):
 
 @pytest.mark.parametrize("name", options("layer"))
 def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
-    fitting = OF_KIND[get_layer(name).kind]
+    fitting = FITTING.get(f"layer={name}") or OF_KIND[get_layer(name).kind]
     skip_without_data(re.findall(r"\w+", " ".join(fitting)))
     trains(f"layer={name}", f"output_dir={tmp_path}", *fitting, *STEP)
 
@@ -115,8 +122,15 @@ LARGER = [name for name in options("experiment") if name.endswith(("_paper", "_l
 GPU = {name: ["seed=0", "trainer.batch_size=1"] for name in LARGER}
 GPU["induction_heads_paper"].append("task.test_lengths=[64]")
 for name in ("ngpt_vs_gpt_large", "mamba_vs_attention_large"):
-    GPU[name] += ["callbacks.sample_text.length=20", "trainer.eval_batch_size=1"]
-LARGE = {"vikanformer_mnist", "selectable_kan_images", "super_resolution_params", "kan_autoencoder_mnist", *GPU}
+    GPU[name] += ["callbacks.sample_text.length=20", "trainer.eval_batch_size=1", "task.context=256", "model.depth=2"]
+LARGE = {
+    "capsules_multi_mnist",
+    "vikanformer_mnist",
+    "selectable_kan_images",
+    "super_resolution_params",
+    "kan_autoencoder_mnist",
+    *GPU,
+}
 
 
 @pytest.mark.parametrize("name", GPU)

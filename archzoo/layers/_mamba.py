@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.kernels._op import without_autocast
 from archzoo.kernels.selective_scan import selective_scan
 from archzoo.kernels.selective_state_update import state_update
-from archzoo.layers._check import check_whole
+from archzoo.layers._check import check_positive, check_whole
 
 DT_INITS = ("random", "constant")
 
@@ -147,6 +148,33 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
     return int(dt_rank)
 
 
+def head_sizes(dim: int, expand: float, headdim: int | None, ngroups: int) -> tuple[int, int, int]:
+    """Channels d, those of a head, and the number of heads, of a layer whose states are those of heads.
+
+    Args:
+        dim: Size of a token.
+        expand: d as a multiple of dim.
+        headdim: Channels of a head; None: 64 if it divides d, else a quarter of the largest power of 2 that does.
+        ngroups: Groups of heads.
+
+    Raises:
+        ValueError: If headdim does not divide d, or ngroups the number of heads.
+    """
+    check_positive(expand=expand)
+    d = int(expand * dim)
+    if d < 1:
+        raise ValueError(f"expand={expand}: makes no channel of dim={dim}")
+    if headdim is None:  # a narrow layer has several heads too: the norm takes away the scale of a single one
+        headdim = 64 if d % 64 == 0 else max(1, math.gcd(d, 64) // 4)
+    check_whole(headdim=headdim)
+    if d % headdim:
+        raise ValueError(f"headdim={headdim}: must be a divisor of expand * dim = {d}")
+    heads = d // headdim
+    if heads % ngroups:
+        raise ValueError(f"ngroups={ngroups}: must be a divisor of the {heads} heads, expand * dim / headdim")
+    return d, headdim, heads
+
+
 # --- The short filter -------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +207,7 @@ def last_inputs(u: Tensor, width: int, before: Tensor | None, seq_idx: Tensor | 
     return last.contiguous()
 
 
+@without_autocast
 def filter_step(u: Tensor, state: Tensor, conv: nn.Conv1d) -> Tensor:
     """The filter's output with its SiLU for one input u (batch, d); the state (batch, d, W) is updated in place."""
     window = torch.cat([state[..., 1:], u.unsqueeze(-1).to(state.dtype)], -1)

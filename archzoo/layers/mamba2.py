@@ -21,12 +21,13 @@ from archzoo.kernels._ssd import check_range
 from archzoo.kernels.causal_conv1d import causal_conv1d
 from archzoo.kernels.selective_state_update import state_update
 from archzoo.kernels.ssd import ssd
-from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
+from archzoo.layers._check import check_token, check_tokens, check_whole
 from archzoo.layers._mamba import (
     check_mask,
     check_step_sizes,
     filter_step,
     float32_at_least,
+    head_sizes,
     last_inputs,
     masked,
     step_bias_like,
@@ -183,23 +184,12 @@ class Mamba2(nn.Module):
     ):
         super().__init__()
         check_whole(dim=dim, d_state=d_state, d_conv=d_conv, ngroups=ngroups, chunk_size=chunk_size)
-        check_positive(expand=expand)
         check_step_sizes(dt_min, dt_max, dt_init_floor)
         check_range(dt_limit=dt_limit)
         check_range(A_init_range=A_init_range)
         if not A_init_range[0] > 0:
             raise ValueError(f"A_init_range={A_init_range!r}: must be positive, for A is its negative")
-        d = int(expand * dim)
-        if d < 1:
-            raise ValueError(f"expand={expand}: makes no channel of dim={dim}")
-        if headdim is None:  # a narrow layer has several heads too: the norm takes away the scale of a single one
-            headdim = 64 if d % 64 == 0 else max(1, math.gcd(d, 64) // 4)
-        check_whole(headdim=headdim)
-        if d % headdim:
-            raise ValueError(f"headdim={headdim}: must be a divisor of expand * dim = {d}")
-        heads = d // headdim
-        if heads % ngroups:
-            raise ValueError(f"ngroups={ngroups}: must be a divisor of the {heads} heads, expand * dim / headdim")
+        d, headdim, heads = head_sizes(dim, expand, headdim, ngroups)
         self.dim, self.d_inner, self.d_state, self.d_conv, self.expand = dim, d, d_state, d_conv, expand
         self.headdim, self.nheads, self.ngroups, self.chunk_size = headdim, heads, ngroups, chunk_size
         self.A_init_range, self.D_has_hdim, self.dt_limit = tuple(A_init_range), D_has_hdim, tuple(dt_limit)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from archzoo.report.load import Comparison, Run
+from archzoo.report.load import Comparison, Contestant, Run
 
 LONGEST = 600
 """Characters of a text that are shown: a report is no anthology."""
@@ -36,17 +36,22 @@ def visible(text: str) -> str:
 
 def samples(comparison: Comparison) -> tuple[Sample, ...]:
     """A text of each contestant that has one, by its run with the best score."""
-    sign = 1 if comparison.mode == "max" else -1
     found = []
     for group in comparison.groups:
-        scored = [(sign * run.score, run) for run in group.counted if run.score is not None]
-        for _, run in sorted(scored, key=lambda entry: -entry[0]):
+        for run in best_first(comparison, group):
             if text := _text(run):
                 shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
                 seed = "" if run.seed is None else f", seed {run.seed}"
                 found.append(Sample(group.label + seed, shown))
                 break
     return tuple(found)
+
+
+def best_first(comparison: Comparison, group: Contestant) -> list[Run]:
+    """The runs of a contestant that count, by score."""
+    sign = 1 if comparison.mode == "max" else -1
+    scored = [(sign * run.score, run) for run in group.counted if run.score is not None]
+    return [run for _, run in sorted(scored, key=lambda entry: -entry[0])]
 
 
 def _text(run: Run) -> str:

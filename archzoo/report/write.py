@@ -14,6 +14,7 @@ from archzoo.report.latex import PREAMBLE
 from archzoo.report.latex import table as latex_table
 from archzoo.report.lines import small_multiples
 from archzoo.report.load import Comparison, load_comparison
+from archzoo.report.pictures import EMBEDDED, Drawing, drawings
 from archzoo.report.plots import draw, styles
 from archzoo.report.ranking import Row, default_baseline, find_baseline, rank
 from archzoo.report.samples import Sample, samples
@@ -68,6 +69,8 @@ class Section:
     """What was tried of the settings that are tuned."""
     samples: tuple[Sample, ...]
     """What the contestants wrote, where they are language models."""
+    drawings: tuple[Drawing, ...]
+    """What their runs drew."""
 
     @property
     def curves(self) -> list[Picture]:
@@ -97,8 +100,8 @@ def write_report(folder: str | Path, baseline: str | None = None) -> Path:
     """Writes `report.html`, `report.md`, `report.csv`, `report.tex` and `figures/*.svg` into a comparison's folder.
 
     Where contestants are there in several sizes, `scaling.csv` has their points and exponents. `report.html` needs no
-    other file, no network and no script. Each file is replaced as a whole, and depends on the runs alone: a second call
-    writes the same bytes.
+    other file, no network and no script, but where runs drew more than 16 MiB of pictures: the rest it shows from the
+    runs' folders. Each file is replaced as a whole, and depends on the runs alone: a second call writes the same bytes.
 
     Args:
         folder: The comparison's folder, as `outputs/digits`.
@@ -138,11 +141,14 @@ def report_sections(comparison: Comparison, baseline: str | None = None) -> list
         ranked.setdefault(row.task, []).append(row)
     looks = _looks(comparison, [row for rows in ranked.values() for row in rows])
     colours = {label: look.index for label, look in looks.items()}
-    sections = []
+    sections: list[Section] = []
+    room = EMBEDDED
     for place, part in enumerate(parts, 1):
         rows = ranked[part.groups[0].task]
         scale = Scale.of(part.metric, [value for row in rows for value in row.values])
         series = all_series(part, rows)
+        drawn = drawings(part, room)
+        room -= sum(len(drawing.data) for drawing in drawn)
         sections.append(
             Section(
                 task=part.groups[0].task,
@@ -162,6 +168,7 @@ def report_sections(comparison: Comparison, baseline: str | None = None) -> list
                 scaling=scaling_sheet(series, part, scale, colours) if series else None,
                 tuned=tuned_sheet(part, scale, colours),
                 samples=samples(part),
+                drawings=drawn,
             )
         )
     return sections
@@ -260,6 +267,8 @@ def markdown(comparison: Comparison, sections: Sequence[Section], overview: Over
                 lines += [f"{mark} {title}", ""]
                 for picture in pictures:
                     lines += [_md_picture(picture), "", text_markdown(picture.caption), ""]
+        if section.drawings:
+            lines += [f"{mark} Pictures", "", *(line for drawn in section.drawings for line in _md_drawing(drawn))]
         if section.samples:
             lines += [f"{mark} Sampled text", "", *(line for sample in section.samples for line in _md_sample(sample))]
         lines += [f"{mark} Setting", ""]
@@ -454,6 +463,11 @@ def text_markdown(text: str) -> str:
 def _md_sample(sample: Sample) -> list[str]:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample.text)), default=0))
     return [f"- {text_markdown(sample.label)}:", "", fence, sample.text, fence, ""]
+
+
+def _md_drawing(drawn: Drawing) -> list[str]:
+    shown = f"![{text_markdown(f'{drawn.title}: {drawn.label}')}]({drawn.file})"
+    return [shown, "", text_markdown(f"{drawn.label}: {drawn.caption}"), ""]
 
 
 def _md_picture(picture: Picture) -> str:

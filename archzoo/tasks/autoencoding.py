@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from archzoo.names import suggest
+from archzoo.pictures import Picture, outputs, tiles
 from archzoo.tasks.files import Source, read_file
 from archzoo.tasks.options import whole_number
 from archzoo.tasks.task import Task, register_task
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "digits")
+SHOWN = 10
+"""Test images in the picture: the first ones."""
 VAL_SIZE = 5000
 """Images held out for validation, as in the tasks `mnist` and `fashion_mnist`: the last of the training set."""
 
@@ -120,6 +123,14 @@ class Autoencoding(Task):
             figures["knn_accuracy"] = self.knn_accuracy(lambda images: encode(images.to(weight)))
             model.train(was_training)
         return figures
+
+    def pictures(self, model: nn.Module) -> dict[str, Picture]:
+        """The first test images, and the model's below them."""
+        images, _ = self.test.__getitems__(slice(0, SHOWN))
+        drawn = outputs(model, images).reshape(images.shape)
+        sheet = tiles([images.double(), drawn], zoom=max(1, 64 // max(images.shape[-2:])))
+        told = f"the first {len(images)} test images, and below each what the model makes of it."
+        return {"reconstructions": Picture(sheet, told)}
 
     @functools.cached_property
     def pixel_accuracy(self) -> float:

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from archzoo.pictures import Picture, compared, outputs
 from archzoo.tasks.options import choice, number, whole_number
 from archzoo.tasks.split import SPLIT_SEED
 from archzoo.tasks.task import RegressionTask, TensorSplit, register_task
 
+CELLS = 80
+"""Cells of a picture, along each of two inputs."""
 MAX_VALUES = 2**28
 """Most input values that a split may hold: 1 GiB of float32."""
 
@@ -253,6 +257,18 @@ class Functions(RegressionTask):
     def formula(self) -> str:
         """The function as sympy reads it, with inputs x0, x1, …; empty where there is no closed formula."""
         return FUNCTIONS[self.function].text
+
+    def pictures(self, model: nn.Module) -> dict[str, Picture]:
+        """A function of two inputs, and the model's, over the box; none of functions of fewer or more."""
+        if self.input_shape != (2,):
+            return {}
+        (x0, x1), (y0, y1) = FUNCTIONS[self.function].ranges or (UNIT, UNIT)
+        middles = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
+        y, x = torch.meshgrid(y0 + (y1 - y0) * middles, x0 + (x1 - x0) * middles, indexing="ij")
+        points = torch.stack([x, y], -1).flatten(0, 1)
+        target, output = (values.reshape(CELLS, CELLS) for values in (self.truth(points), outputs(model, points)))
+        figure = compared(target, output, (x0, x1, y0, y1))
+        return {"function": Picture(figure, f"{self.function} over its box, the first input to the right.")}
 
     def _split(self, part: int, size: int, noise: float) -> TensorSplit:
         """Points of one part; those of the others do not depend on its size, nor any point on the noise."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from archzoo.pictures import Picture, compared, outputs
 from archzoo.tasks.options import choice, number, whole_number
 from archzoo.tasks.split import SPLIT_SEED
 from archzoo.tasks.task import RegressionTask, TensorSplit, register_task
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 U, F, ON_BOUNDARY = 0, 1, 2
 """Columns of the targets."""
 
+CELLS = 80
+"""Cells of the picture, along each side."""
 CHUNK = 4096  # points at once where the errors of a whole split are computed
 
 
@@ -159,6 +162,13 @@ class Poisson(RegressionTask):
             sums += torch.stack([l2, l2 + gradient.square().sum(), laplacian.square().sum()]).cpu()
         model.train(was_training)
         return dict(zip(("l2_squared", "h1_squared", "residual"), (sums / len(self.test)).tolist(), strict=True))
+
+    def pictures(self, model: nn.Module) -> dict[str, Picture]:
+        """The solution, and the model's, over the square."""
+        points = torch.from_numpy(_midpoints(CELLS))
+        exact, _ = self.solution(*points.unbind(1))
+        target, output = (u.reshape(CELLS, CELLS).T for u in (exact, outputs(model, points)))
+        return {"solution": Picture(compared(target, output, (-1, 1, -1, 1)), "u over the square, x to the right.")}
 
 
 def derivatives(model: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from archzoo.names import suggest
+from archzoo.pictures import Picture, outputs, tiles
 from archzoo.tasks.files import data_root, read_file
 from archzoo.tasks.metrics import mean_loss
 from archzoo.tasks.options import whole_number
@@ -37,6 +38,8 @@ REGIONS = {"train": (0, 396), "val": (420, 504), "test": (528, 636)}
 """Columns of a photograph. The 24 between two regions are nobody's: more than the 16 that a block of JPEG spans."""
 FASHION_HELD_OUT = 2000
 """Images of Fashion-MNIST to validate on, the last of the training set, and to test on, the first of the test set."""
+SHOWN, SIDE = 4, 96
+"""Test images in the picture, and the side of what is shown of each, in pixels of the high resolution."""
 WINDOW = 11
 """Side of SSIM's window, in pixels."""
 
@@ -432,3 +435,30 @@ class SuperResolution(Task):
         values = [line["val/psnr"] for line in evaluations]
         best = max((value for value in values if not math.isnan(value)), default=math.nan)
         return figures | {"val_gain": best - self.baseline["val/psnr"]}
+
+    def pictures(self, model: nn.Module) -> dict[str, Picture]:
+        """A part of the first test images: at low resolution, enlarged by bicubic and by the model, and the truth.
+
+        Each image is given to the model whole, as it is when it is tested.
+        """
+        pairs = [self.test[index] for index in range(min(SHOWN, len(self.test)))]
+        side = min(SIDE, *(length for _, high in pairs for length in high.shape[-2:])) // self.scale * self.scale
+        rows = []
+        for low, high in pairs:
+            nearest = low.repeat_interleave(self.scale, -1).repeat_interleave(self.scale, -2)
+            bicubic = self.bicubic(low[None])[0]
+            drawn = outputs(model, low[None]).reshape(high.shape)
+            top, left = _hardest((bicubic - high).abs(), side, self.scale)
+            whole = torch.stack([nearest.double(), bicubic.double(), drawn, high.double()])
+            rows.append(whole[..., top : top + side, left : left + side])
+        parts = side < max(length for _, high in pairs for length in high.shape[-2:])
+        what = "the parts of test images that bicubic has most trouble with" if parts else "test images"
+        told = f"from the left: {what}, at low resolution, enlarged by bicubic, by the model, and as they are."
+        return {"enlarged": Picture(tiles(rows, zoom=max(1, 192 // side)), told)}
+
+
+def _hardest(error: Tensor, side: int, step: int) -> tuple[int, int]:
+    """Where a square of an image (channels, H, W) begins whose mean is largest, of those at multiples of a step."""
+    means = F.avg_pool2d(error.mean(0)[None, None], side, stride=step)[0, 0]
+    top, left = divmod(int(means.argmax()), means.shape[1])
+    return top * step, left * step

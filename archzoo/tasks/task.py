@@ -14,6 +14,8 @@ from archzoo.registry import Registry
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from archzoo.pictures import Picture
+
 tasks: Registry[type["Task"]] = Registry("task", "archzoo.tasks")
 register_task = tasks.register
 
@@ -67,6 +69,8 @@ class Task(ABC):
             the batch's, which `input_shape` and `output_size` leave out; losses are summed over seeds, not averaged.
         compilable: Whether `torch.compile` can take the model. Not so where `training_loss` differentiates it by its
             inputs: what is compiled can be differentiated once only.
+        pixel_range: Values of a black and of a white pixel, where inputs are images; None where they are not, or where
+            the task does not know.
 
     Raises:
         DatasetError: If its data is not to be had.
@@ -85,6 +89,7 @@ class Task(ABC):
     stream: bool = False
     seeds: int = 1
     compilable: ClassVar[bool] = True
+    pixel_range: tuple[float, float] | None = None
 
     def __init__(self, *, data_dir: Path | None = None, seed: int = 0):
         self.data_dir, self.seed = data_dir, seed
@@ -97,9 +102,12 @@ class Task(ABC):
         """Loss of a training batch, a scalar, which the training loop calls and differentiates by the parameters.
 
         `loss` of the model's output; a task that needs more of the model, as its derivatives by the inputs, overrides
-        this. `inputs` and `targets` are on the model's device, and autocast is on where the trainer's precision is.
+        this. A model that has more to learn than its output, as a reconstruction, brings its own: a method
+        `training_loss(task, inputs, targets)`. `inputs` and `targets` are on the model's device, and autocast is on
+        where the trainer's precision is.
         """
-        return self.loss(model(inputs), targets)
+        own = getattr(model, "training_loss", None)
+        return self.loss(model(inputs), targets) if own is None else own(self, inputs, targets)
 
     @abstractmethod
     def metrics(self) -> "MetricCollection":
@@ -121,19 +129,47 @@ class Task(ABC):
         """
         return {}
 
+    def pictures(self, model: nn.Module) -> "Mapping[str, Picture]":
+        """Pictures of what the model does, by name, for the run's folder, the trackers and the report; none by default.
+
+        Called once, at the end of a run: see `archzoo.pictures`, also for what helps to draw. A model may have pictures
+        of its own, by a method `pictures(task)`.
+
+        Args:
+            model: The model that is scored, with the best weights, in evaluation mode. Gradients are off.
+        """
+        return {}
+
+
+CRITERIA = ("cross_entropy", "margin")
+
 
 class ClassificationTask(Task):
-    """A task with classes: cross entropy and accuracy. `output_size` is the number of classes."""
+    """A task with classes: a loss of their scores, and accuracy. `output_size` is the number of classes.
+
+    Attributes:
+        criterion: The loss: `"cross_entropy"` of logits, or `"margin"`, of scores from 0 to 1, as lengths of capsules
+            are (arXiv 1710.09829).
+    """
 
     score = "accuracy"
     mode: Literal["max", "min"] = "max"
+    criterion: str = "cross_entropy"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean cross entropy of logits (batch, classes) against class indices (batch,)."""
+        """The batch's mean loss of scores (batch, classes) against class indices (batch,)."""
+        if self.criterion == "margin":
+            from archzoo.layers.capsules import margin_loss
+
+            return margin_loss(output, target)
         return nn.functional.cross_entropy(output, target)
 
+    def objects(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the images of a batch show: classes (batch, objects), and each alone (batch, objects, *input_shape)."""
+        return targets.unsqueeze(1), inputs.unsqueeze(1)
+
     def metrics(self) -> "MetricCollection":
-        """Accuracy, as a fraction, and the mean loss in nats."""
+        """Accuracy, as a fraction, and the mean loss; cross entropy is in nats."""
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 

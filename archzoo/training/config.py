@@ -82,13 +82,15 @@ class BudgetConfig:
 
 @dataclass
 class TrackerConfig:
-    """Mirrors of the local record: Weights & Biases and TensorBoard."""
+    """Mirrors of the local record, Weights & Biases and TensorBoard, and what is drawn for it."""
 
     wandb: str = "offline"
     project: str = "archzoo"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
     tensorboard: bool = False
+    pictures: bool = True
+    """Whether tasks and models draw what they have to show, at the end of a run."""
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A run's folder, `output_dir/<run id>/`, holds `config.yaml`, `run.json` (status and summary), `metrics.jsonl` (one line
 a log step), `checkpoints/`, `model.safetensors` (the best weights by validation score) and `log.txt`; where a callback
-has texts for people to read, as `sample_text`, also `samples.jsonl`. `load_model` gives the trained model.
+has texts for people to read, as `sample_text`, also `samples.jsonl`; where the task or the model has something to show
+(`archzoo.pictures`), also `pictures/NAME.png`. `load_model` gives the trained model.
 """
 
 import contextlib
@@ -48,6 +49,7 @@ from archzoo.training.checkpoint import (
 from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id
 from archzoo.training.cost import batch_size, cost_record
 from archzoo.training.loop import Diverged, Interrupted, Trainer
+from archzoo.training.pictures import draw_pictures
 from archzoo.training.progress import Progress
 from archzoo.training.trackers import Trackers
 
@@ -217,7 +219,7 @@ def _execute(
                 anomaly = torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly)
                 with _profiler(config, folder, trainer), anomaly:
                     trainer.fit()
-            _finish(trainer, folder, record)
+            _finish(trainer, folder, record, trackers)
     except Interrupted:
         record["status"] = "interrupted"
     except Diverged as error:
@@ -345,8 +347,8 @@ def _save(trainer: Trainer, folder: RunFolder, keep: int) -> None:
         log.warning("no checkpoint at step %d: %s (%d bytes free); training goes on", trainer.step, error, free)
 
 
-def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None:
-    """Evaluates the best weights on the test split, and writes them and the summary.
+def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], trackers: Trackers) -> None:
+    """Evaluates the best weights on the test split, and writes them, the summary, and pictures.
 
     Where the model's structure has changed, they are the best since, and the record tells what that model costs.
     """
@@ -362,6 +364,8 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
         "test": {key.removeprefix("test/"): value for key, value in test.items()},
         "task": dict(task.summarize(trainer.evaluations, trainer.eval_model)),
     }
+    if callable(of_model := getattr(final, "summarize", None)):
+        record["summary"]["task"] |= of_model()
     for callback in trainer.callbacks:
         record["summary"]["task"] |= callback.summarize(trainer, final)
     record["score"] = {
@@ -390,6 +394,10 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any]) -> None
     if trainer.device.type == "cuda":
         record["memory"]["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     record["steps"] = trainer.step
+    if config.tracker.pictures:  # last: what it takes is not the contestant's
+        drawn, failed = draw_pictures(folder.path, task, final)
+        record["pictures"] = {"drawn": [{"name": p.name, "caption": p.caption} for p in drawn], "failed": failed}
+        trackers.log_pictures(trainer.step, drawn)
     record["status"] = "done"
 
 
@@ -418,6 +426,7 @@ def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
         "structure": None,
         "score": None,
         "summary": {},
+        "pictures": None,
         "timing": {"step_time_p50_s": None, "samples_per_s": None, "wall_s": None},
         "memory": {"saved_for_backward_bytes": None, "peak_rss_bytes": None, "peak_cuda_bytes": None},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "archzoo": __version__},

@@ -9,12 +9,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from archzoo.report.samples import visible
 from archzoo.training.config import TrackerConfig
+from archzoo.training.pictures import Drawn
 
 log = logging.getLogger("archzoo")
 INIT_TIMEOUT = 15  # seconds; wandb's own default is 90
@@ -28,6 +29,9 @@ class Tracker(Protocol):
 
     def log_text(self, line: Mapping[str, Any]) -> None:
         """One line of samples.jsonl: a step, and texts."""
+
+    def log_pictures(self, step: int, pictures: Sequence[Drawn]) -> None:
+        """The pictures that were drawn at the end, which is this step."""
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """The final run.json; closes the mirror."""
@@ -115,6 +119,13 @@ class WandbTracker:
         }
         self.run.log(pages, step=int(line["step"]))
 
+    def log_pictures(self, step: int, pictures: Sequence[Drawn]) -> None:
+        """Logs the files, with their captions."""
+        import wandb
+
+        images = {f"pictures/{p.name}": wandb.Image(str(p.path), caption=visible(p.caption)) for p in pictures}
+        self.run.log(images, step=step)
+
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes the summary and closes the run."""
         self.run.summary.update(flat_summary(record))
@@ -146,6 +157,17 @@ class TensorBoardTracker:
             if key != "step":
                 shown = "\n".join(f"    {row}" for row in visible(text).split("\n"))
                 self.writer.add_text(key, shown, int(line["step"]))
+
+    def log_pictures(self, step: int, pictures: Sequence[Drawn]) -> None:
+        """Adds the images, and their captions as texts."""
+        import numpy as np
+        from PIL import Image
+
+        for picture in pictures:
+            with Image.open(picture.path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self.writer.add_image(f"pictures/{picture.name}", pixels, step, dataformats="HWC")
+            self.writer.add_text(f"pictures/{picture.name}", f"    {visible(picture.caption)}", step)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Adds the summary and closes the file."""
@@ -186,6 +208,13 @@ class Trackers:
     def log_text(self, line: Mapping[str, Any]) -> None:
         """Feeds a line of texts to every mirror."""
         self.trackers = [t for t in self.trackers if self._guard(type(t).__name__, lambda t=t: t.log_text(line))]
+
+    def log_pictures(self, step: int, pictures: Sequence[Drawn]) -> None:
+        """Feeds the pictures to every mirror."""
+        if pictures:
+            self.trackers = [
+                t for t in self.trackers if self._guard(type(t).__name__, lambda t=t: t.log_pictures(step, pictures))
+            ]
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Closes every mirror."""

@@ -200,3 +200,16 @@ def test_what_does_not_fit_is_refused_by_name(arguments, words):
     x, weight, bias, _, _ = problem()
     with pytest.raises(ValueError, match=words):
         causal_conv1d(**{"x": x, "weight": weight, "bias": bias, **arguments})
+
+
+def test_a_gradient_of_a_gradient_counts_an_input_that_was_made_of_another_once():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    found = []
+    for convolve in (causal_conv1d, causal_conv1d_reference):
+        y = convolve(x, weight, weight.sum(1))
+        (gradient,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+        found.append((gradient, *torch.autograd.grad(gradient.square().sum(), weight)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -178,6 +178,17 @@ def test_any_shape_and_any_options(sizes, groups, chunk_size, options, seed):
     assert_close(value_and_grads(ssd, arguments), value_and_grads(ssd_reference, arguments), 1e-12)
 
 
+@pytest.mark.parametrize("options", [(), OPTIONS], ids=["none", "all"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_a_decay_of_its_own_for_each_token(dtype, options):
+    arguments = problem(options=options)
+    factors = torch.rand(2, 20, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
+    arguments = to({**arguments, "A": arguments["A"] * factors}, dtype)
+    truth = value_and_grads(ssd_reference, to(arguments, torch.float64))
+    assert truth["A"].shape == (2, 20, 4)
+    assert_close(value_and_grads(ssd, arguments), truth, BOUNDS[dtype])
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 64, 1000])
 def test_chunks_change_nothing(chunk_size):
     arguments = problem(L=33)
@@ -280,6 +291,18 @@ def test_gradients_of_gradients(options):
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *t: call(*t)[1], leaves, fast_mode=True)
+
+
+def test_gradients_with_a_graph_equal_those_without_where_inputs_are_made_of_each_other():
+    arguments = problem()
+
+    def gradient(create_graph):
+        x = arguments["x"].clone().requires_grad_()
+        dt = x.mean(-1)
+        out = ssd(**{**arguments, "x": x * dt[..., None], "dt": dt, "z": x * 2})
+        return torch.autograd.grad(out.sin().sum(), x, create_graph=create_graph)[0]
+
+    assert rms_error(gradient(True), gradient(False)) < 1e-12
 
 
 def test_two_runs_agree_bit_for_bit():
@@ -492,6 +515,7 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(shape):
         ("x", torch.zeros(2, 20, 4, 3, dtype=torch.int64), "x of shape.*int64"),
         ("dt", torch.zeros(2, 20, 3), r"dt of shape \(2, 20, 3\).*\(2, 20, 4\)"),
         ("A", torch.zeros(4, 5), r"A of shape \(4, 5\).*\(4,\)"),
+        ("A", torch.zeros(2, 20, 3), r"A of shape \(2, 20, 3\).*\(2, 20, 4\)"),
         ("A", torch.zeros(4, dtype=torch.complex64), "A of torch.complex64"),
         ("B", torch.zeros(2, 20, 5), r"B of shape \(2, 20, 5\)"),
         ("B", torch.zeros(2, 20, 3, 5), "B has 3 groups.*H = 4"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from archzoo.kernels.selective_scan import selective_scan_reference
+from archzoo.kernels.selective_state_update import selective_state_update
 from archzoo.layers.mamba import Mamba, MambaBlock, SelectiveSSM, seq_idx_from_cu_seqlens, seq_idx_from_position_ids
 from tests.helpers import assert_all_close, layer_value_and_grads, rms_error
 
@@ -435,3 +436,15 @@ def test_repr_shows_what_differs():
     assert "8, d_state=16, d_conv=4, expand=2, dt_rank=1, layer_idx=3, bidirectional='shared'" in text
     assert "bidirectional" not in repr(Mamba(8))
     assert "residual_in_fp32=True" in repr(MambaBlock(8, residual_in_fp32=True))
+
+
+def test_a_state_is_not_rounded_by_autocast():
+    torch.manual_seed(0)
+    state, other = (torch.linspace(-1, 1, 96).reshape(2, 6, 8) for _ in range(2))
+    x, dt, D, bias = torch.randn(2, 6), torch.randn(2, 6), torch.randn(6), torch.randn(6)
+    A, B, C = -torch.rand(6, 8), torch.randn(2, 8), torch.randn(2, 8)
+    want = selective_state_update(state, x, dt, A, B, C, D, None, bias, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = selective_state_update(other, x, dt, A, B, C, D, None, bias, True)
+    assert torch.equal(got, want)
+    assert torch.equal(other, state)
