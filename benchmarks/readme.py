@@ -45,7 +45,9 @@ def result_table(record: dict[str, Any]) -> str:
     unit = ", %" if percent else ", dB" if decibels else ""
     columns = [*(["size"] if sized else []), "", "layer", f"{record['metric']}{unit} ± 95 % CI"]
     columns += [*(["p"] if bases else []), "parameters", "FLOPs", *(["step time"] if bases else [])]
-    equal = any(row.get("equal_score") and not row.get("baseline") for row in rows)
+    solving, lengths = _solving(rows)
+    columns += [*(["solved (median step)"] if solving else []), *([_at(lengths)] if lengths else [])]
+    equal = not solving and any(row.get("equal_score") and not row.get("baseline") for row in rows)
     columns += ["steps to equal score", "seconds to equal score"] if equal else []
     lines = ["| " + " | ".join(columns).replace("  ", " ") + " |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -57,6 +59,8 @@ def result_table(record: dict[str, Any]) -> str:
         cells = [*([row["size"]] if sized else []), str(row["rank"] or "–"), f"`{row.get('series') or row['label']}`"]
         cells += [f"{figure(row['mean'])} ± {figure(row['half_width'])}", *([p] if bases else [])]
         cells += [parameters + deviation, flops, *([step] if bases else [])]
+        cells += [_solved(row)] if solving else []
+        cells += [" / ".join(_percent(row, f"accuracy_at_{n}") for n in lengths)] if lengths else []
         cells += [_ratio(row, "steps"), _ratio(row, "seconds")] if equal else []
         lines.append("| " + " | ".join(cells) + " |")
     notes = "FLOPs: forward, of one example."
@@ -75,6 +79,30 @@ def result_table(record: dict[str, Any]) -> str:
             )
     notes += _tuned(rows)
     return "\n".join([*lines, "", f"{provenance(record)} {notes}"])
+
+
+def _solving(rows: list[dict[str, Any]]) -> tuple[bool, list[int]]:
+    """Whether the task is one that is solved or not, and the lengths at which the models were tried besides."""
+    names = {name for row in rows for name in row.get("figures", {})}
+    found = (re.fullmatch(r"accuracy_at_(\d+)", name) for name in names)
+    return "success" in names, sorted(int(match[1]) for match in found if match)
+
+
+def _at(lengths: list[int]) -> str:
+    return f"at length {' / '.join(map(str, lengths))}, %"
+
+
+def _percent(row: dict[str, Any], name: str) -> str:
+    value = row.get("figures", {}).get(name, {}).get("value")
+    return "–" if value is None else f"{100 * value:.0f}"
+
+
+def _solved(row: dict[str, Any]) -> str:
+    """3 of 3 (275): in how many seeds, and the median step of those at which it was."""
+    success, step = (row.get("figures", {}).get(name) for name in ("success", "solved_at"))
+    if not success:
+        return "–"
+    return f"{success['successes']} of {success['count']}" + (f" ({step['value']:.0f})" if step else "")
 
 
 def _ratio(row: dict[str, Any], of: str) -> str:

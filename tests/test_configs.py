@@ -38,6 +38,9 @@ FITTING = {
     "layer=self_attention_routing": ["model=capsnet", *CAPSULES],
     "model=capsnet": ["layer=capsules", *CAPSULES],
     "model=autoencoder": ["task=autoencoding", "task.dataset=digits"],
+    "model=linear_flow": ["task=flow_matching"],
+    "model=projector": ["task=idempotent", "layer=conv2d", "budget.to=conv2d"],
+    "model=stylizer": ["task=style_transfer", "layer=conv2d", "budget.to=conv2d"],
     "model=transformer": ["task=text"],
     "model=decoder": ["task=text", "model.width=64"],
     "model=mamba_lm": ["task=text", "layer=mamba", "budget.match=none", "model.width=64", "model.depth=1"],
@@ -47,6 +50,8 @@ FITTING = {
     "model=kan": ["layer=kan", "budget.match=none"],
     "model=padenet": ["task=super_resolution", "layer=conv2d", "budget.to=conv2d"],
     "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
+    "task=idempotent": ["model=projector", "layer=conv2d", "budget.to=conv2d"],
+    "task=style_transfer": ["model=stylizer", "layer=conv2d", "budget.to=conv2d"],
     "task=poisson": ["layer=kan", "budget.match=none"],
     "task=text": ["model=transformer"],
     "task=selective_copying": ["model=decoder", "model.width=64"],
@@ -124,6 +129,7 @@ GPU["induction_heads_paper"].append("task.test_lengths=[64]")
 for name in ("ngpt_vs_gpt_large", "mamba_vs_attention_large"):
     GPU[name] += ["callbacks.sample_text.length=20", "trainer.eval_batch_size=1", "task.context=256", "model.depth=2"]
 LARGE = {
+    "bpu_cifar10",
     "capsules_multi_mnist",
     "vikanformer_mnist",
     "selectable_kan_images",

@@ -148,7 +148,7 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
     return int(dt_rank)
 
 
-def head_sizes(dim: int, expand: float, headdim: int | None, ngroups: int) -> tuple[int, int, int]:
+def scan_heads(dim: int, expand: float, headdim: int | None, ngroups: int) -> tuple[int, int, int]:
     """Channels d, those of a head, and the number of heads, of a layer whose states are those of heads.
 
     Args:

@@ -27,9 +27,9 @@ from archzoo.layers._mamba import (
     check_step_sizes,
     filter_step,
     float32_at_least,
-    head_sizes,
     last_inputs,
     masked,
+    scan_heads,
     step_bias_like,
 )
 from archzoo.registry import Card, register_layer
@@ -189,7 +189,7 @@ class Mamba2(nn.Module):
         check_range(A_init_range=A_init_range)
         if not A_init_range[0] > 0:
             raise ValueError(f"A_init_range={A_init_range!r}: must be positive, for A is its negative")
-        d, headdim, heads = head_sizes(dim, expand, headdim, ngroups)
+        d, headdim, heads = scan_heads(dim, expand, headdim, ngroups)
         self.dim, self.d_inner, self.d_state, self.d_conv, self.expand = dim, d, d_state, d_conv, expand
         self.headdim, self.nheads, self.ngroups, self.chunk_size = headdim, heads, ngroups, chunk_size
         self.A_init_range, self.D_has_hdim, self.dt_limit = tuple(A_init_range), D_has_hdim, tuple(dt_limit)

@@ -20,7 +20,7 @@ from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels._ssd import sum_dtype
 from archzoo.kernels.trapezoidal_ssd import trapezoidal_ssd, trapezoidal_state_update
 from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
-from archzoo.layers._mamba import check_mask, check_step_sizes, float32_at_least, head_sizes, masked, step_bias_like
+from archzoo.layers._mamba import check_mask, check_step_sizes, float32_at_least, masked, scan_heads, step_bias_like
 from archzoo.layers._rotary import rotate
 from archzoo.layers.mamba2 import NORM_EPS, GatedRMSNorm
 from archzoo.registry import Card, register_layer
@@ -123,7 +123,7 @@ class Mamba3(nn.Module):
         angles = int(rope_fraction * d_state) // 2
         if angles < 1:
             raise ValueError(f"d_state={d_state}: no pair turns; must be {round(2 / rope_fraction)} or more")
-        d, headdim, heads = head_sizes(dim, expand, headdim, ngroups)
+        d, headdim, heads = scan_heads(dim, expand, headdim, ngroups)
         self.dim, self.d_inner, self.d_state, self.expand, self.chunk_size = dim, d, d_state, expand, chunk_size
         self.headdim, self.nheads, self.ngroups, self.num_angles = headdim, heads, ngroups, angles
         self.rope_fraction, self.is_outproj_norm, self.A_floor = rope_fraction, is_outproj_norm, A_floor

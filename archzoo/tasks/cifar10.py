@@ -6,8 +6,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from archzoo.tasks.files import Source, data_root, read_file
+from archzoo.tasks.options import whole_number
+from archzoo.tasks.task import ClassificationTask, TensorSplit, register_task
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 PACKED = "cifar10.npz"
@@ -65,3 +68,41 @@ def _unpack(data: bytes) -> tuple[np.ndarray, np.ndarray]:
             sheet = np.asarray(picture.convert("RGB")).reshape(10, 32, 10, 32, 3)
         images[100 * number : 100 * number + 100] = sheet.transpose(0, 2, 4, 1, 3).reshape(100, 3, 32, 32)
     return images, labels.astype(np.uint8)
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@register_task("cifar10")
+class CIFAR10(ClassificationTask):
+    """Pixels standardised colour by colour; splits of 45,000, 5,000 and 10,000 images.
+
+    Args:
+        val_size: Images held out for validation: the last of the 50,000 training images.
+        train_size: Images to train on: the first ones, for a quick run. None: all that validation leaves.
+        data_dir: Folder that holds `cifar10/`; an absent archive is downloaded there. None: the folder that the
+            environment variable ARCHZOO_DATA names, else `archzoo` in the user's cache.
+        seed: Not needed: the split is the same in every run.
+
+    Raises:
+        DatasetError: If no file is there nor to be downloaded, or it is not the right one.
+        ValueError: If a size is out of range.
+    """
+
+    input_shape = (3, 32, 32)
+    output_size = 10
+
+    def __init__(
+        self, *, val_size: int = 5000, train_size: int | None = None, data_dir: Path | None = None, seed: int = 0
+    ):
+        super().__init__(data_dir=data_dir, seed=seed)
+        left = TRAIN - whole_number("val_size", val_size, 1, TRAIN - 1)
+        end = left if train_size is None else whole_number("train_size", train_size, 1, left)
+        images, labels = cifar10_arrays(data_dir)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+        def split(part: slice) -> TensorSplit:
+            inputs = torch.tensor(images[part]).float().div_(255).sub_(mean).div_(std)
+            return TensorSplit(inputs, torch.tensor(labels[part], dtype=torch.int64))
+
+        self.train, self.val, self.test = split(slice(end)), split(slice(left, TRAIN)), split(slice(TRAIN, None))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from archzoo.tasks.files import Source
 from archzoo.tasks.idx import idx_splits
-from archzoo.tasks.task import ClassificationTask, register_task
+from archzoo.tasks.options import choice
+from archzoo.tasks.task import CRITERIA, ClassificationTask, register_task
 
 SOURCE = Source(
     title="Fashion-MNIST",
@@ -30,22 +31,34 @@ class FashionMNIST(ClassificationTask):
     Args:
         val_size: Images held out for validation: the last of the 60,000 training images, as is usual.
         train_size: Images to train on: the first ones, for a quick run. None: all that validation leaves.
+        standardize: Whether pixels are standardised; else they are from 0 to 1.
+        loss: `cross_entropy`, or `margin`, for models whose scores are lengths of capsules.
         data_dir: Folder that holds `fashion_mnist/` with the four files; absent ones are downloaded there. None: the
             folder that the environment variable ARCHZOO_DATA names, else `archzoo` in the user's cache.
         seed: Not needed: the split is the same in every run.
 
     Raises:
         DatasetError: If a file is neither there nor to be downloaded, or is not the official one.
-        ValueError: If a size is out of range.
+        ValueError: If a size is out of range, or there is no such loss.
     """
 
     input_shape = (1, 28, 28)
     output_size = 10
 
     def __init__(
-        self, *, val_size: int = 5000, train_size: int | None = None, data_dir: Path | None = None, seed: int = 0
+        self,
+        *,
+        val_size: int = 5000,
+        train_size: int | None = None,
+        standardize: bool = True,
+        loss: str = "cross_entropy",
+        data_dir: Path | None = None,
+        seed: int = 0,
     ):
         super().__init__(data_dir=data_dir, seed=seed)
+        self.criterion = choice("loss", loss, CRITERIA)
+        mean, std = (0.2860, 0.3530) if standardize else (0.0, 1.0)
+        self.pixel_range = (-mean / std, (1 - mean) / std)
         self.train, self.val, self.test = idx_splits(
-            SOURCE, data_dir, val_size=val_size, train_size=train_size, mean=0.2860, std=0.3530
+            SOURCE, data_dir, val_size=val_size, train_size=train_size, mean=mean, std=std
         )

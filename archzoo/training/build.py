@@ -60,6 +60,11 @@ def build_task(config: TrainConfig) -> Task:
     if takes_tokens == task.input_dtype.is_floating_point:
         takes, has = ("tokens", "real numbers") if takes_tokens else ("real numbers", "tokens; set model=transformer")
         raise ConfigError(f"model={name}: takes {takes}, and the inputs of task {config.task['name']} are {has}")
+    if name in models.names() and callable(check := getattr(models.get(name), "check_task", None)):
+        try:
+            check(task)
+        except ValueError as error:
+            raise ConfigError(f"model={name}, task={config.task['name']}: {error}") from error
     return task
 
 
@@ -91,6 +96,8 @@ def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
         options |= {"widths": widths}
     if options.get("hidden") is not None:
         options["hidden"] = _hidden(config, task)
+    if name in models.names() and "data_dir" in inspect.signature(models.get(name)).parameters:
+        options["data_dir"] = data_dir(config)
     return models.create(name, _factory(layer), task.input_shape, task.output_size, **options)
 
 

@@ -23,15 +23,15 @@ def cost_record(config: TrainConfig, task: Task, model: nn.Module) -> dict[str, 
     """Measures a step on a copy of a float32 model on the CPU; the random generator is left as it was.
 
     FLOPs are those of the model's forward pass on one example. Bytes are those of a forward and a backward pass on a
-    batch, and so of all that the task's training loss asks of the model. Where the model is of several seeds, all this
-    is of one of them.
+    batch, and so of all that the task's or the model's training loss asks of the model. Where the
+    model is of several seeds, all this is of one of them.
     """
     if isinstance(model, Stacked):
         model = model.member(0)
     size = batch_size(config, task)
     with torch.random.fork_rng(devices=[]):
         probe = copy.deepcopy(model).train()
-        if type(task).training_loss is Task.training_loss:
+        if type(task).training_loss is Task.training_loss and not hasattr(probe, "training_loss"):
             cost = measure_cost(probe, example_batch(task, size))
         else:
             inputs, targets = next(train_batches(task, task.train, BatchOrder(size, size, seed=0), workers=0))

@@ -54,6 +54,7 @@ def test_registry_holds_the_tasks_and_config_group_the_same():
         "induction_heads",
         "mnist",
         "mnist_arithmetic",
+        "multi_mnist",
         "poisson",
         "selective_copying",
         "super_resolution",
