@@ -139,6 +139,12 @@ LARGE = {
 }
 
 
+def marks(name):
+    if name in GPU:
+        return [pytest.mark.slow, pytest.mark.large]
+    return [pytest.mark.slow] if name in LARGE else []
+
+
 @pytest.mark.parametrize("name", GPU)
 def test_every_experiment_for_a_gpu_composes(name, capsys):
     trains(f"experiment={name}", "--cfg", "job")
@@ -147,7 +153,7 @@ def test_every_experiment_for_a_gpu_composes(name, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in options("experiment")],
+    [pytest.param(name, marks=marks(name)) for name in options("experiment")],
 )
 def test_every_experiment_trains_a_step_of_each_contestant(name, tmp_path):
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
