@@ -332,7 +332,7 @@ def _is_word(value: str) -> bool:
 
 def _task_options(run: Run) -> dict[str, str]:
     task = run.config.get("task")
-    flat = flatten(_settings(task, run.seed, top=False)) if isinstance(task, Mapping) else {}
+    flat = flatten(_settings(task, run.seed, "task")) if isinstance(task, Mapping) else {}
     return {key: value for key, value in flat.items() if key != "name"}
 
 
@@ -386,12 +386,14 @@ def _without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def _settings(config: Mapping[str, Any], seed: int | None, top: bool = True) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any], seed: int | None, group: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in config.items():
-        if (top and key in _NOT_SETTINGS) or (key == "seed" and value == seed):
+        # A task may have the run's seed. Elsewhere a seed that all runs share, as of sampled texts, may happen to equal it.
+        own_seed = key == "seed" and value == seed and group in ("", "task")
+        if own_seed or (not group and key in _NOT_SETTINGS):
             continue
-        kept[key] = _settings(value, seed, top=False) if isinstance(value, Mapping) else value
+        kept[key] = _settings(value, seed, f"{group}.{key}".lstrip(".")) if isinstance(value, Mapping) else value
     return kept
 
 

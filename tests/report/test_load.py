@@ -63,6 +63,14 @@ def test_other_files_and_folders_are_ignored(build):
     assert len(load_comparison(folder).runs) == 1
 
 
+def test_a_seed_that_is_not_the_runs_own_may_equal_it(tmp_path, write):
+    for seed in (0, 1, 2):
+        config = {"layer": {"name": "linear"}, "callbacks": {"sample_text": {"seed": 0}}, "seed": seed}
+        write(tmp_path / "c" / str(seed), seed=seed, change={"config": config})
+    (group,) = load_comparison(tmp_path / "c").groups
+    assert (group.label, sorted(group.scores)) == ("linear", [0, 1, 2])
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\xff\xfe", '{"seed": ' + "9" * 5000 + "}"])
 def test_an_unreadable_run_counts_as_failed(build, content):
     folder = build({"kan": [0.9]})
