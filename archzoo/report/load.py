@@ -389,7 +389,7 @@ def _without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 def _settings(config: Mapping[str, Any], seed: int | None, group: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in config.items():
-        # A task may have the run's seed. Elsewhere a seed that all runs share, as of sampled texts, may happen to equal it.
+        # A task may have the run's seed. Elsewhere one that all runs share, as of sampled texts, may equal it.
         own_seed = key == "seed" and value == seed and group in ("", "task")
         if own_seed or (not group and key in _NOT_SETTINGS):
             continue
