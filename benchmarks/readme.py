@@ -67,7 +67,8 @@ def result_table(record: dict[str, Any]) -> str:
     if bases:
         of_that_size = " of that size" if sized else ""
         base = next(iter(bases.values()))
-        label = base.get("layer", base["label"])
+        # Baselines of several sizes differ in label, and what they have in common is the layer.
+        label = base["label"] if len(bases) == 1 else base.get("layer", base["label"])
         notes = (
             f"p: paired permutation test against `{label}`{of_that_size}, Holm-corrected; {notes} Step time: in units "
             f"of `{label}`'s{of_that_size}."
