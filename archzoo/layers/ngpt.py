@@ -57,7 +57,7 @@ Module = TypeVar("Module", bound=nn.Module)
     card=Card(
         equation=r"y = W_o\, \mathrm{softmax}(\sqrt{k}\, \hat{q} \hat{k}^T) v, \quad \hat{q} = s_{qk} \circ N(R W_q x)",
         reproduced="nothing of the paper's size. Tiny Shakespeare, 1.07 million parameters, 3 seeds, each at its best "
-        "rate (experiment ngpt_vs_gpt): 0.69 of the steps of a pre-norm GPT to its 1000-step loss at context 64, 0.62 at "
+        "rate (experiment ngpt_vs_gpt): 0.69 of the steps of a pre-norm GPT to its last loss at context 64, 0.62 at "
         "256; a GPT with normalised queries and keys 0.73 and 0.62",
         **NGPT_CARD,
     ),
@@ -321,7 +321,7 @@ class NormalizedMLP(nn.Module):
     card=Card(
         equation=r"h \leftarrow N(N(h) + |\alpha| \circ (N(f(h)) - N(h))), \quad f = \mathrm{Att}, \mathrm{MLP}",
         reproduced="nothing of the paper's size. Tiny Shakespeare, 1.07 million parameters, 3 seeds, each at its best "
-        "rate (experiment ngpt_vs_gpt): 0.69 of the steps of a pre-norm GPT to its 1000-step loss at context 64, 0.62 at "
+        "rate (experiment ngpt_vs_gpt): 0.69 of the steps of a pre-norm GPT to its last loss at context 64, 0.62 at "
         "256; a GPT with normalised queries and keys 0.73 and 0.62",
         **NGPT_CARD,
     ),
