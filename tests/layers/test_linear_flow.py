@@ -167,7 +167,6 @@ def test_autocast_leaves_sampling_and_collapse_as_they_are():
         (lambda: flow().collapse(method="rk"), ValueError, "method='rk'"),
         (lambda: TimeLowRankOperator(4, time_dim=5), ValueError, "time_dim=5"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_is_refused(make, error, message):
     with pytest.raises(error, match=message):

@@ -261,7 +261,6 @@ def test_it_is_registered_and_its_gradients_are_right():
         (lambda: Linearizer(net(3), matrix(2, 2, 0))(randn(1, 3)), ValueError, "in_features=2"),
         (lambda: Linearizer(net(4), torch.eye(4, dtype=D), x_shape=(4,))(randn(2, 5)), ValueError, "end with"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_is_refused(make, error, message):
     with pytest.raises(error, match=message):
