@@ -193,7 +193,8 @@ class Mamba2(nn.Module):
         d, headdim, heads = scan_heads(dim, expand, headdim, ngroups)
         self.dim, self.d_inner, self.d_state, self.d_conv, self.expand = dim, d, d_state, d_conv, expand
         self.headdim, self.nheads, self.ngroups, self.chunk_size = headdim, heads, ngroups, chunk_size
-        self.A_init_range, self.D_has_hdim, self.dt_limit = tuple(A_init_range), D_has_hdim, tuple(dt_limit)
+        self.A_init_range, self.D_has_hdim = tuple(A_init_range), D_has_hdim
+        self.dt_limit = (dt_limit[0], dt_limit[1])  # a config gives a list
         self.dt_min, self.dt_max, self.dt_init_floor, self.causal = dt_min, dt_max, dt_init_floor, True
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         filtered = d + 2 * ngroups * d_state
