@@ -5,11 +5,17 @@ and if what it says can still reach what is read. Both are found once, by walkin
 hold for any weights.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
 
 _HEAD, _PER_STATE, _PER_LINK = 7, 3, 2
 

@@ -136,6 +136,12 @@ LARGE = {
     "super_resolution_params",
     "kan_autoencoder_mnist",
     *GPU,
+    "style_transfer",
+    "flow_mnist",
+    "idempotent_digits",
+    "flow_two_moons",
+    "capsules_mnist",
+    "bpu_mnist",
 }
 
 

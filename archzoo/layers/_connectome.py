@@ -1,12 +1,13 @@
 """Measured wiring of a nervous system as data: `Connectome`, its statistics, growth and null models."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,11 @@ from archzoo.layers import _connectome_growth as growth
 from archzoo.layers import _connectome_nulls as nulls
 from archzoo.layers._check import check_whole
 from archzoo.layers._spectrum import spectral_radius
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
 
 POOLS = ("sensory", "internal", "output")
 
@@ -52,6 +58,8 @@ class Connectome:
     source: str = field(default="given")
 
     def __post_init__(self) -> None:
+        if np is None:
+            raise ImportError("archzoo.Connectome needs numpy, which is not installed: pip install numpy")
         files.check(self.pre, self.post, self.weight, self.pool, self.neuron_id, self.cell_type)
 
     @classmethod
@@ -63,7 +71,7 @@ class Connectome:
         signs: str | PathLike[str] | None = None,
         modality: str | Sequence[str] = "all",
         output: Sequence[str] = ("DN-SEZ", "RGN"),
-    ) -> "Connectome":
+    ) -> Connectome:
         """The brain of a Drosophila larva (Winding et al., Science 379, eadd9330) from `larva_connectome.npz`.
 
         Args:
@@ -84,7 +92,7 @@ class Connectome:
         return cls(**files.load_larva(path, edges=edges, signs=signs, modality=modality, output=output))
 
     @classmethod
-    def load_celegans(cls, path: str | PathLike[str]) -> "Connectome":
+    def load_celegans(cls, path: str | PathLike[str]) -> Connectome:
         """The chemical synapses of the worm C. elegans from `celegans_connectome.npz` (Varshney et al. 2011).
 
         Neurons with GABA are inhibitory. Sensory: 86 neurons; output: the 113 motor neurons that are not sensory.
@@ -99,7 +107,7 @@ class Connectome:
         return cls(**files.load_celegans(path))
 
     @classmethod
-    def generate(cls, *, seed: int = 0) -> "Connectome":
+    def generate(cls, *, seed: int = 0) -> Connectome:
         """A made-up brain with the published statistics of the larva's, where that file is not at hand.
 
         Numbers of neurons, edges, synapses and excitatory edges by pools are those of the larval brain; who is
@@ -111,7 +119,7 @@ class Connectome:
         return cls(**growth.generate(seed))
 
     @classmethod
-    def from_dense(cls, weight: Any, num_sensory: int, num_output: int) -> "Connectome":
+    def from_dense(cls, weight: Any, num_sensory: int, num_output: int) -> Connectome:
         """A wiring of one's own.
 
         Args:
@@ -189,7 +197,7 @@ class Connectome:
         preserve: str = "strength",
         weights: str = "poisson",
         dale: bool = False,
-    ) -> "Connectome":
+    ) -> Connectome:
         """Grows every pool by the degree-corrected block model that fits this wiring, which stays as it is inside.
 
         New neurons take the strengths of a random neuron of their pool and follow the old ones of it.
@@ -212,7 +220,7 @@ class Connectome:
             return self._changed((self.pre.numpy(), self.post.numpy(), self.weight.numpy()), self.source)
         return Connectome(**growth.expand(self, factor, seed, preserve, weights, dale))
 
-    def shuffle(self, kind: str, *, seed: int = 0) -> "Connectome":
+    def shuffle(self, kind: str, *, seed: int = 0) -> Connectome:
         """A null model: pools, the number of edges and their magnitudes stay.
 
         Args:
@@ -228,7 +236,7 @@ class Connectome:
         source = f"{self.source}; null model {kind}, seed {seed}"
         return self._changed(nulls.shuffled(self, kind, seed), source)
 
-    def ablate(self, pools: Sequence[str] = (), cell_types: Sequence[str] = ()) -> "Connectome":
+    def ablate(self, pools: Sequence[str] = (), cell_types: Sequence[str] = ()) -> Connectome:
         """The wiring without the edges of some neurons, which stay, in their places, as silent ones.
 
         Args:
@@ -265,7 +273,7 @@ class Connectome:
             "spectral_radius": self.spectral_radius(),
         }
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Connectome":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Connectome:
         """Itself: nothing in it changes."""
         return self
 
@@ -273,7 +281,7 @@ class Connectome:
         sizes = " + ".join(map(str, self.pool_sizes))
         return f"Connectome({sizes} neurons, {self.num_edges} edges, source={self.source!r})"
 
-    def _changed(self, edges: files.Edges, source: str) -> "Connectome":
+    def _changed(self, edges: files.Edges, source: str) -> Connectome:
         """The same neurons with other edges."""
         parts = files.tensors(*edges, self.pool.numpy(), self.neuron_id.numpy())
         return Connectome(**parts, cell_type=self.cell_type, source=source)

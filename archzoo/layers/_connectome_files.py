@@ -1,15 +1,21 @@
 """Connectome files: what they must hold, and what is made of them. Each fault is said before anything is trained."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from archzoo.names import suggest
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
 
 EDGES = ("ad", "aa", "da", "dd")
 MODALITIES = (
@@ -24,7 +30,7 @@ MODALITIES = (
 )
 
 
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+Edges: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray]"
 """Presynaptic and postsynaptic neurons, and weights or numbers of synapses."""
 
 

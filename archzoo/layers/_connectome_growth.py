@@ -5,11 +5,16 @@ synapses, w_gh = m_gh / (sum of a in g x sum of b in h) for m_gh synapses from p
 a block's total is drawn, and then the ends of each synapse, which is the same law.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from archzoo.layers._connectome_files import Edges, joined, tensors
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from archzoo.layers._connectome import Connectome
@@ -25,7 +30,7 @@ _EXCITATORY = (0.99, 0.60, 0.64)  # share of neurons
 _SPREAD = 1.0  # standard deviation of the logarithm of a neuron's propensity to give or take synapses
 
 
-def block_tables(wiring: "Connectome") -> dict[str, np.ndarray]:
+def block_tables(wiring: Connectome) -> dict[str, np.ndarray]:
     """Edges, synapses and the share of positive edges, from pool to pool."""
     weight, pool = wiring.weight.numpy(), wiring.pool.numpy()
     block = 3 * pool[wiring.pre.numpy()] + pool[wiring.post.numpy()]
@@ -44,7 +49,7 @@ def _draw(random: np.random.Generator, neurons: np.ndarray, strength: np.ndarray
     return random.permutation(drawn)
 
 
-def expand(core: "Connectome", factor: int, seed: int, preserve: str, weights: str, dale: bool) -> dict[str, Any]:
+def expand(core: Connectome, factor: int, seed: int, preserve: str, weights: str, dale: bool) -> dict[str, Any]:
     """The arguments of the grown connectome; see `Connectome.expand`."""
     random = np.random.default_rng(seed)
     pre, post, weight = (t.numpy() for t in (core.pre, core.post, core.weight))

@@ -1,10 +1,15 @@
 """Null models: wirings that share some statistics with a measured one, and are random otherwise."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from archzoo.layers._connectome_files import Edges
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from archzoo.layers._connectome import Connectome
@@ -13,7 +18,7 @@ KINDS = ("weights", "signs", "degree", "erdos_renyi")
 _ROUNDS = 10  # in which every edge is offered another's target
 
 
-def shuffled(wiring: "Connectome", kind: str, seed: int) -> Edges:
+def shuffled(wiring: Connectome, kind: str, seed: int) -> Edges:
     """Presynaptic and postsynaptic neurons and weights of a null model; see `Connectome.shuffle`."""
     random = np.random.default_rng(seed)
     pre, post, weight = (t.numpy() for t in (wiring.pre, wiring.post, wiring.weight))

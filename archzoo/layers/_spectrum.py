@@ -1,6 +1,12 @@
 """The spectral radius of a sparse matrix, deterministic and in seconds, where dense eigenvalues take minutes."""
 
-import numpy as np
+from __future__ import annotations
+
+try:
+    import numpy as np
+except ImportError:  # no other layer needs it; a Connectome says so
+    np = None  # type: ignore[assignment]
+
 
 _DENSE = 300  # neurons, up to which all eigenvalues are computed
 _STEP, _MOST = 50, 600  # vectors by which the Krylov space grows, and at most

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import archzoo
-from archzoo.registry import Card, LayerEntry, get_layer, layer_options
+from archzoo.registry import Card, LayerEntry, get_layer
 from tests.helpers import (
     RecordOps,
     assert_all_close,
@@ -124,7 +124,8 @@ class Case:
 
     def build(self, seed: int = 0, small: bool = False, **options: Any) -> nn.Module:
         torch.manual_seed(seed)
-        few = {"d_state": 4} if small and "d_state" in layer_options(self.entry.name) else {}  # states make parameters
+        takes = inspect.signature(self.entry.cls).parameters
+        few = {"d_state": 4} if small and "d_state" in takes else {}  # states make parameters
         return self.entry.cls(**{**(self.sizes.small if small else self.sizes.args), **few, **options})
 
     def generic(self, seed: int = 0, small: bool = False, **options: Any) -> nn.Module:
