@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    import numpy as np
-except ImportError:  # no other layer needs it; a Connectome says so
-    np = None  # type: ignore[assignment]
+from archzoo.kernels._numpy import np
 
 _HEAD, _PER_STATE, _PER_LINK = 7, 3, 2
 

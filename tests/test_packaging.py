@@ -211,3 +211,16 @@ def test_numpy_is_needed_by_no_layer():
         "for name in archzoo.list_layers(kind='linear'):\n"
         "    archzoo.create_layer(name, 8, 12)(torch.randn(5, 8)).sum().backward()\n"
     )
+
+
+def test_a_connectome_says_that_it_needs_numpy():
+    run_python(
+        without(("numpy",)) + "import warnings; warnings.simplefilter('ignore')\n"
+        "import archzoo\n"
+        "try:\n"
+        "    archzoo.Connectome.generate()\n"
+        "except ImportError as error:\n"
+        "    assert 'pip install numpy' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('made without numpy')\n"
+    )

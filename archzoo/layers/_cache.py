@@ -86,7 +86,7 @@ class StateCache:
             _check_inference(y)
             return y
         states = self.state if isinstance(self.state, tuple) else (self.state,)
-        y, *states = mixer.step(x, *states)  # type: ignore[operator]
+        y, *states = mixer.step(x, *states)  # type: ignore[operator]  # a method of this name
         self.state = tuple(states) if isinstance(self.state, tuple) else states[0]
         return y
 

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archzoo.kernels._numpy import np
 from archzoo.layers import _connectome_files as files
 from archzoo.layers import _connectome_growth as growth
 from archzoo.layers import _connectome_nulls as nulls
 from archzoo.layers._check import check_whole
 from archzoo.layers._spectrum import spectral_radius
-
-try:
-    import numpy as np
-except ImportError:  # no other layer needs it; a Connectome says so
-    np = None  # type: ignore[assignment]
 
 POOLS = ("sensory", "internal", "output")
 
@@ -58,8 +54,6 @@ class Connectome:
     source: str = field(default="given")
 
     def __post_init__(self) -> None:
-        if np is None:
-            raise ImportError("archzoo.Connectome needs numpy, which is not installed: pip install numpy")
         files.check(self.pre, self.post, self.weight, self.pool, self.neuron_id, self.cell_type)
 
     @classmethod

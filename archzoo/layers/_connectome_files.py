@@ -10,12 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from archzoo.kernels._numpy import np
 from archzoo.names import suggest
-
-try:
-    import numpy as np
-except ImportError:  # no other layer needs it; a Connectome says so
-    np = None  # type: ignore[assignment]
 
 EDGES = ("ad", "aa", "da", "dd")
 MODALITIES = (

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from archzoo.kernels._numpy import np
 from archzoo.layers._connectome_files import Edges
-
-try:
-    import numpy as np
-except ImportError:  # no other layer needs it; a Connectome says so
-    np = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from archzoo.layers._connectome import Connectome

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-try:
-    import numpy as np
-except ImportError:  # no other layer needs it; a Connectome says so
-    np = None  # type: ignore[assignment]
-
+from archzoo.kernels._numpy import np
 
 _DENSE = 300  # neurons, up to which all eigenvalues are computed
 _STEP, _MOST = 50, 600  # vectors by which the Krylov space grows, and at most

@@ -86,8 +86,9 @@ class RotaryAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the matrices anew as `nn.Linear` does; norms start as 1."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.q_norm, self.k_norm):
+            if module is not None:
+                module.reset_parameters()
 
     def forward(
         self,

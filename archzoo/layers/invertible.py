@@ -332,14 +332,14 @@ class InvertibleSequential(nn.Module):
 
     def forward(self, x: Tensor, context: Context = None) -> Tensor:
         """Through the nets in order, each with the same context."""
-        for net in self._modules.values():
-            x = net(x, context)  # type: ignore[misc]  # none is None
+        for net in self:
+            x = net(x, context)
         return x
 
     def inverse(self, z: Tensor, context: Context = None) -> Tensor:
         """Through their inverses in reversed order."""
-        for net in reversed(self._modules.values()):
-            z = net.inverse(z, context)  # type: ignore[union-attr, operator]
+        for net in reversed(list(self)):
+            z = net.inverse(z, context)
         return z
 
 

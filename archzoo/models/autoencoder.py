@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
+from archzoo.models.model import LayerFactory, block_widths, check_kind, make_activation, register_model
 
 
 class Autoencoder(nn.Module):
@@ -50,9 +50,7 @@ class Autoencoder(nn.Module):
                 f"model 'autoencoder' draws its input of {size} numbers again, and the task wants {output_size}; "
                 "choose task=autoencoding"
             )
-        self.widths = (width,) * depth if widths is None else tuple(widths)
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+        self.widths = block_widths(width, depth, widths)
         if latent < 1:
             raise ValueError(f"latent={latent}: must be 1 or more")
         sizes = (size, *self.widths)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
+from archzoo.models.model import LayerFactory, block_widths, check_kind, make_activation, register_model
 from archzoo.names import suggest
 
 NORMS = ("batch", "instance", "none")
@@ -57,9 +57,7 @@ class CNN(nn.Module):
         check_kind(layer, "cnn", "conv2d")
         if len(input_shape) != 3:
             raise ValueError(f"model 'cnn' takes images (channels, height, width), not inputs of shape {input_shape}")
-        self.widths = (width,) * depth if widths is None else tuple(widths)
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+        self.widths = block_widths(width, depth, widths)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: must be odd and positive")
         if norm not in NORMS:

@@ -143,7 +143,7 @@ class Decoder(CausalLM):
                 f"mixer={mixer!r}: is made for a state on the sphere, and this one is not; use "
                 "`archzoo.models.ngpt.NGPT`, or `archzoo.models.language_model.language_model(mixer='ngpt')`"
             )
-        make = causal_mixer(LayerFactory(mixer, mixer_options), "decoder")
+        make = causal_mixer(_layer("mixer", mixer, mixer_options), "decoder")
         self.embed = nn.Embedding(vocab_size, dim, **factory)
         self.blocks = nn.ModuleList(
             DecoderBlock(
@@ -238,13 +238,20 @@ def make_mlp(
             raise ValueError(f"mlp_options={options}: have no use with mlp={name!r}; leave them out")
         return None if name is None else GatedMLP(dim, hidden_dim, **factory)
     assert name is not None
-    layer = LayerFactory(name, options)
+    layer = _layer("mlp", name, options)
     if layer.entry.kind != "linear":
         raise ValueError(
             f"mlp={name!r}: is of kind {layer.entry.kind!r}; must be 'gated' or a layer of kind 'linear', which "
             "`archzoo.list_layers(kind='linear')` lists"
         )
     return LayerMLP(layer, layer, not layer.entry.nonlinear, dim, hidden_dim, **factory)
+
+
+def _layer(argument: str, name: str, options: dict[str, Any] | None) -> LayerFactory:
+    try:
+        return LayerFactory(name, options)
+    except ValueError as error:
+        raise ValueError(f"{argument}={name!r}: {error}") from error
 
 
 def hidden_widths(hidden_dim: int | Sequence[int] | None, dim: int, depth: int) -> list[int]:

@@ -7,14 +7,6 @@ from archzoo.layers.invertible_nets import ConvConditioner, InvertibleBlock, MLP
 from archzoo.models.model import LayerFactory, check_kind, make_activation
 
 
-def hidden_widths(width: int, depth: int, widths: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Width of each block's conditioners; a ValueError where there are no blocks."""
-    chosen = (width,) * depth if widths is None else tuple(widths)
-    if not chosen or min(chosen) < 1:
-        raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
-    return chosen
-
-
 def build_net(
     layer: LayerFactory,
     model: str,

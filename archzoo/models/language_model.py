@@ -139,6 +139,10 @@ def decoder(
         raise ValueError(f"model 'decoder' takes tokens (length,), not inputs of shape {input_shape}")
     chosen, dim = token_sizes(width, depth, widths, dim)
     name, kind, options = layer.entry.name, layer.entry.kind, layer.options
+    if name == "ngpt_block":
+        raise ValueError(
+            "layer='ngpt_block': has a feed-forward net of its own; choose layer=ngpt, which makes an NGPT"
+        )
     if kind == "mixer":
         if mixer is not None or mixer_options:
             given = f"mixer={mixer!r}" if mixer is not None else f"mixer_options={mixer_options}"

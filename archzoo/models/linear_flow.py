@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from archzoo.layers.invertible import Conditioned
 from archzoo.layers.linear_flow import METHODS, LinearFlow
 from archzoo.layers.linear_operators import TimeLowRankOperator
-from archzoo.models.invertible import build_net, hidden_widths
-from archzoo.models.model import LayerFactory, register_model
+from archzoo.models.invertible import build_net
+from archzoo.models.model import LayerFactory, block_widths, register_model
 from archzoo.names import suggest
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class LinearFlowModel(nn.Module):
             raise ValueError(f"method={method!r}: {suggest(str(method), METHODS)}")
         if not 0 <= noise_level < math.inf:
             raise ValueError(f"noise_level={noise_level}: must be 0 or more")
-        self.widths = hidden_widths(width, depth, widths)
+        self.widths = block_widths(width, depth, widths)
         self.noise_level, self.steps, self.method = noise_level, steps, method
         net = build_net(layer, "linear_flow", input_shape, self.widths, context_dim=int(conditioned), clamp=clamp)
         ends = (Conditioned(net, 0.0), Conditioned(net, 1.0)) if conditioned else (net, net)

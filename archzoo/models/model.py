@@ -61,15 +61,25 @@ def check_kind(layer: LayerFactory, model: str, kind: Kind) -> None:
         )
 
 
+def block_widths(width: int, depth: int, widths: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The hidden width of each block: `depth` times the same, or those that are given.
+
+    Raises:
+        ValueError: If a width or the depth is below 1.
+    """
+    chosen = (width,) * depth if widths is None else tuple(widths)
+    if not chosen or min(chosen) < 1:
+        raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+    return chosen
+
+
 def token_sizes(width: int, depth: int, widths: tuple[int, ...] | None, dim: int | None) -> tuple[tuple[int, ...], int]:
     """The hidden width of each block of a model of tokens, and the size of a token: a quarter of the last by default.
 
     Raises:
         ValueError: If a width or the depth is below 1, or the width cannot be quartered.
     """
-    chosen = (width,) * depth if widths is None else tuple(widths)
-    if not chosen or min(chosen) < 1:
-        raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+    chosen = block_widths(width, depth, widths)
     if dim is None:
         if chosen[-1] % 4:
             raise ValueError(f"width={chosen[-1]}: must be a multiple of 4, for dim=None is a quarter of it")

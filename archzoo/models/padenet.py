@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.models.model import LayerFactory, check_kind, make_activation, register_model
+from archzoo.models.model import LayerFactory, block_widths, check_kind, make_activation, register_model
 from archzoo.names import suggest
 from archzoo.registry import list_layers
 
@@ -74,9 +74,7 @@ class PadeNet(nn.Module):
                 f"model 'padenet' enlarges its input of {size} numbers 2, 3, … times each way, and the task wants "
                 f"{output_size}; choose task=super_resolution"
             )
-        self.widths = (width,) * depth if widths is None else tuple(widths)
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+        self.widths = block_widths(width, depth, widths)
         if blocks not in BLOCKS:
             raise ValueError(f"blocks={blocks!r}: {suggest(blocks, BLOCKS)}")
         if kernel_size < 1 or kernel_size % 2 == 0:

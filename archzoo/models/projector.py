@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from archzoo.layers.linear_operators import ProjectorOperator
 from archzoo.layers.linearizer import Linearizer
-from archzoo.models.invertible import build_net, hidden_widths
-from archzoo.models.model import LayerFactory, register_model
+from archzoo.models.invertible import build_net
+from archzoo.models.model import LayerFactory, block_widths, register_model
 
 if TYPE_CHECKING:
     from archzoo.tasks.task import Task
@@ -64,7 +64,7 @@ class Projector(nn.Module):
         for name, value in (("rank_weight", rank_weight), ("isometry_weight", isometry_weight)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be 0 or more")
-        self.widths, self.isometry_weight = hidden_widths(width, depth, widths), isometry_weight
+        self.widths, self.isometry_weight = block_widths(width, depth, widths), isometry_weight
         net = build_net(layer, "projector", input_shape, self.widths, clamp=clamp)
         self.linearizer = Linearizer(net, ProjectorOperator(size, rank_weight=rank_weight / size), x_shape=input_shape)
 

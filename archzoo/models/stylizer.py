@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from archzoo.layers.linearizer import Linearizer
 from archzoo.layers.style_operators import KernelOperator, StyleOperator
-from archzoo.models.invertible import build_net, hidden_widths
-from archzoo.models.model import LayerFactory, check_kind, register_model
+from archzoo.models.invertible import build_net
+from archzoo.models.model import LayerFactory, block_widths, check_kind, register_model
 from archzoo.pictures import Picture, tiles
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Stylizer(nn.Module):
             )
         if kernel_size is not None and kernel_size < 1:
             raise ValueError(f"kernel_size={kernel_size}: must be 1 or more, or null")
-        self.widths, self.styles = hidden_widths(width, depth, widths), output_size // size
+        self.widths, self.styles = block_widths(width, depth, widths), output_size // size
         g_x, g_y = (build_net(layer, "stylizer", input_shape, self.widths, clamp=clamp) for _ in range(2))
         channels, height, columns = input_shape
         A: StyleOperator | KernelOperator = StyleOperator(size, self.styles)

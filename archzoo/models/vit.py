@@ -23,7 +23,7 @@ from timm.models import register_model as register_with_timm
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from archzoo.models.model import LayerFactory, check_kind, register_model
+from archzoo.models.model import LayerFactory, block_widths, check_kind, register_model
 
 __all__ = ["LayerMLP", "ViT", "build_vit"]
 
@@ -254,9 +254,7 @@ def build_vit(
     check_kind(layer, "vit", "linear")
     if len(input_shape) != 3:
         raise ValueError(f"model 'vit' takes images (channels, height, width), not inputs of shape {input_shape}")
-    chosen = (width,) * depth if widths is None else tuple(widths)
-    if not chosen or min(chosen) < 1:
-        raise ValueError(f"width={width}, depth={depth}: both must be 1 or more")
+    chosen = block_widths(width, depth, widths)
     channels, *sides = input_shape
     if patch < 1 or any(side % patch for side in sides):
         raise ValueError(f"patch={patch}: must divide both sides of an image of {sides[0]} x {sides[1]} pixels")

@@ -436,6 +436,9 @@ def _caveats(comparison: Comparison, rows: Sequence[Row]) -> tuple[str, ...]:
             f"{'is' if pending == 1 else 'are'} not finished."
         )
     caveats += tuned_caveats(rows)
+    known = {name for group in comparison.groups for name in (group.label, group.layer)}
+    for absent in sorted({run.baseline for run in comparison.runs if run.baseline} - known):
+        caveats.append(f"The baseline that was asked for, {absent}, is not among the contestants.")
     survivors = [
         row.label for row in rows if row.score is not None and any(row.statuses.get(status) for status in _BAD)
     ]

@@ -267,6 +267,10 @@ def _check_recipes(recipes: "DictConfig | None", overrides: "list[Override]") ->
     for layer, recipe in plain.items():
         if layer not in known:
             raise ConfigError(f"recipes.{layer}: no such layer, {suggest(layer, known)}")
+        if recipe is not None and not isinstance(recipe, dict):
+            raise ConfigError(
+                f"recipes.{layer}={recipe}: must hold settings by group, as recipes.{layer}.optimizer.weight_decay=0"
+            )
         for group, settings in (recipe or {}).items():
             if group not in RECIPE_GROUPS or not isinstance(settings, dict) or "name" in settings:
                 raise ConfigError(
@@ -359,6 +363,7 @@ def check(plan: Plan) -> None:
 
     for config in distinct:
         try:
+            _check_baseline(config)
             data_dir(config)
             task = build_task(config)
             match = choose_widths(config, task)
@@ -373,6 +378,15 @@ def check(plan: Plan) -> None:
             errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+def _check_baseline(config: TrainConfig) -> None:
+    """A label in the report is the layer's name, with what tells it from others of that layer in brackets behind it."""
+    from archzoo.registry import list_layers
+
+    baseline = config.sweep.baseline
+    if baseline is not None and baseline.partition(" (")[0] not in list_layers():
+        raise ConfigError(f"sweep.baseline={baseline}: no such layer, {suggest(baseline, list_layers())}")
 
 
 def _check_optimizer(config: TrainConfig) -> None:

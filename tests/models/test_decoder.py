@@ -211,7 +211,9 @@ def test_the_contestant_takes_its_place():
         (lambda: Decoder(V, DIM, 1, mixer="mamba", mixer_options={"bidirectional": "shared"}), "is not causal"),
         (lambda: Decoder(V, DIM, 1, mixer_options={"causal": False}), "causal=False"),
         (lambda: Decoder(V, DIM, 1, mlp="mamba"), "mlp='mamba': is of kind 'mixer'"),
-        (lambda: Decoder(V, DIM, 1, mlp="cann"), "cann.*did you mean"),
+        (lambda: Decoder(V, DIM, 1, mlp="cann"), "mlp='cann': .*did you mean"),
+        (lambda: Decoder(V, DIM, 1, mixer="mambo"), "mixer='mambo': .*did you mean"),
+        (lambda: decoder(LayerFactory("ngpt_block"), (16,), V), "layer='ngpt_block': .*choose layer=ngpt"),
         (lambda: Decoder(V, DIM, 1, mlp_options={"n": 2}), "mlp_options=.*'gated'"),
         (lambda: Decoder(V, DIM, 2, hidden_dim=[8]), r"hidden_dim=\[8\]: must be one number, or depth=2"),
         (lambda: Decoder(V, DIM, 2, dropout=1.0), r"dropout=1\.0"),
@@ -225,7 +227,7 @@ def test_the_contestant_takes_its_place():
         (lambda: decoder(LayerFactory("kan"), (16,), V, width=30), "width=30: must be a multiple of 4"),
         (lambda: decoder(LayerFactory("kan"), (16,), V, depth=0), "depth=0"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_bad_options_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):

@@ -294,6 +294,8 @@ def test_the_sweep_may_name_the_baseline(build, named, baseline):
         record["config"]["sweep"] = {"baseline": named}
         path.write_text(json.dumps(record))
     assert default_baseline(load_comparison(folder)) == baseline
+    said = any("baseline that was asked for, nobody," in caveat for caveat in judge(folder)[1].caveats)
+    assert said == (named == "nobody")
 
 
 @pytest.mark.parametrize(

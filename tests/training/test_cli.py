@@ -50,6 +50,7 @@ def records(folder):
         ("trainer.steps=3", "exactly one must be set, got trainer.steps=3, trainer.epochs=20; add trainer.epochs=null"),
         ("trainer.batch_size=1.5", "trainer.batch_size=1.5: Value '1.5' of type 'float' could not be converted"),
         ("budget.to=7", "budget.to=7: 7 parameters cannot be reached with layer linear; the smallest reachable count"),
+        ("sweep.baseline=lineer", "sweep.baseline=lineer: no such layer, did you mean 'linear'"),
         ("budget.to=liner", "budget.to=liner: no such layer, did you mean 'linear' or 'linearizer'?"),
         ("model.norm=batch", "model.norm='batch': must be 'layer' or 'none'"),
         ("model.activation=rellu", "activation='rellu': did you mean 'relu'"),

@@ -49,6 +49,7 @@ def test_the_run_is_trained_by_it(tmp_path):
     [
         (["+recipes.kann.optimizer.lr=0.1"], "recipes.kann: no such layer, did you mean 'kan'"),
         (["+recipes.kan.budget.match=none"], "recipes.kan.budget=.*: a recipe holds settings of layer, optimizer"),
+        (["+recipes.kan=5"], "recipes.kan=5: must hold settings by group"),
         (["+recipes.kan.optimizer=5"], "recipes.kan.optimizer=5: a recipe holds"),
         (["+recipes.kan.layer.name=linear"], "recipes.kan.layer=.*: a recipe holds"),
         (["+recipes.kan.layer.grid=5"], "grid"),
@@ -57,7 +58,7 @@ def test_the_run_is_trained_by_it(tmp_path):
         (["+recipes.kan.optimizer.lr=0.1", "optimizer.lr=0.2"], r"optimizer.lr=0.2: the recipe of layer kan sets"),
         (["+recipes.kan.optimizer.lr=0.1", "optimizer.lr=0.2,0.3"], r"optimizer.lr=0.2,0.3: the recipe of layer kan"),
     ],
-    ids=["layer", "group", "number", "name", "option", "key", "type", "typed", "swept"],
+    ids=["layer", "group", "whole", "number", "name", "option", "key", "type", "typed", "swept"],
 )
 def test_what_is_wrong_is_said_before_anything_runs(arguments, words):
     with pytest.raises(ConfigError, match=words):
