@@ -1,6 +1,5 @@
 """Facts of Mamba's layers alone: names, starts, the textbook forward, states, packing, padding, both directions."""
 
-import copy
 import math
 
 import pytest
@@ -183,80 +182,6 @@ def test_autocast_keeps_the_state_in_float32():
 # --- States -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
-def test_steps_equal_one_forward_and_leave_the_same_state(length):
-    layer, x = mamba(), tokens(length=length)
-    want, want_states = layer(x, return_state=True)
-    states = layer.allocate_inference_cache(2, max_seqlen=100)
-    assert [tuple(s.shape) for s in states] == [(2, 12, 4), (2, 12, 4)]
-    with torch.no_grad():
-        for t in range(length):
-            y, *returned = layer.step(x[:, t : t + 1], *states)
-            assert all(a is b for a, b in zip(returned, states, strict=True)), "in place"
-            assert rms_error(y, want[:, t : t + 1]) < 1e-12
-    for got, state in zip(states, want_states, strict=True):
-        assert rms_error(got, state) < 1e-12
-        assert state.is_contiguous()
-
-
-@pytest.mark.parametrize("chunks", [[4, 5], [1, 1, 7], [2, 3, 4]], ids=str)
-def test_chunks_equal_the_whole_gradients_included(chunks):
-    layer, x = mamba(), tokens()
-
-    class InChunks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            ys, state = [], None
-            for part in x.split(chunks, 1):
-                y, state = self.layer(part, state=state, return_state=True)
-                ys.append(y)
-            return torch.cat(ys, 1)
-
-    truth = layer_value_and_grads(layer, x)
-    got = {name.removeprefix("layer."): t for name, t in layer_value_and_grads(InChunks(), x).items()}
-    assert_all_close(got, truth, "in chunks")
-
-
-def test_a_prompt_in_one_go_then_steps():
-    layer, x = mamba(), tokens()
-    want = layer(x)
-    with torch.no_grad():
-        _, states = layer(x[:, :5], return_state=True)
-        for t in range(5, 9):
-            assert rms_error(layer.step(x[:, t : t + 1], *states)[0], want[:, t : t + 1]) < 1e-12
-
-
-def test_steps_can_be_trained_through():
-    layer, x = mamba(), tokens(length=5)
-
-    class BySteps(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            states = self.layer.allocate_inference_cache(2)
-            return torch.cat([self.layer.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])], 1)
-
-    got = {name.removeprefix("layer."): t for name, t in layer_value_and_grads(BySteps(), x).items()}
-    assert_all_close(got, layer_value_and_grads(layer, x), "by steps")
-
-
-def test_states_survive_a_copy_and_a_new_order_of_the_batch():
-    layer, x = mamba(), tokens(batch=3)
-    want = layer(x)
-    with torch.no_grad():
-        _, states = layer(x[:, :4], return_state=True)
-        kept = copy.deepcopy(states)
-        layer.step(x[:, 4:5], *states)
-        rows = torch.tensor([2, 0, 0])
-        y, *_ = layer.step(x[rows, 4:5], *(state[rows] for state in kept))
-    assert rms_error(y, want[rows, 4:5]) < 1e-12
-
-
 def test_bare_scan_has_states_too():
     torch.manual_seed(0)
     layer, x = SelectiveSSM(6, dtype=torch.float64), tokens()
@@ -270,61 +195,7 @@ def test_bare_scan_has_states_too():
     assert rms_error(state, last) < 1e-12
 
 
-def test_a_step_can_be_exported():
-    layer, x = mamba().eval(), tokens(length=1)
-
-    class Step(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, conv_state, ssm_state):
-            return self.layer.step(x, conv_state, ssm_state)
-
-    with torch.no_grad():
-        states = layer(tokens(seed=3), return_state=True)[1]
-        program = torch.export.export(Step(), (x, *copy.deepcopy(states))).module()
-        got = program(x, *copy.deepcopy(states))
-        want = layer.step(x, *states)
-    assert all(rms_error(a, b) < 1e-13 for a, b in zip(got, want, strict=True))
-
-
 # --- Packing and padding ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cls", [Mamba, SelectiveSSM])
-def test_packed_sequences_equal_each_by_itself(cls):
-    torch.manual_seed(0)
-    layer, x = cls(6, dtype=torch.float64), tokens(batch=1, length=12)
-    seq_idx = seq_idx_from_cu_seqlens(torch.tensor([0, 2, 3, 12]), 12)
-    alone = torch.cat([layer(part) for part in x.split([2, 1, 9], 1)], 1)
-    assert rms_error(layer(x, seq_idx=seq_idx), alone) < 1e-12
-    assert rms_error(layer(x), alone) > 1e-3
-
-
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_a_packed_row_can_be_gone_on_from(last):
-    """The state knows nothing of the sequences before the last one, however short that is."""
-    layer, x = mamba(), tokens(batch=1, length=12)
-    seq_idx = torch.tensor([[0] * (8 - last) + [1] * last])
-    _, state = layer(x[:, :8], seq_idx=seq_idx, return_state=True)
-    assert rms_error(layer(x[:, 8:], state=state), layer(x[:, 8 - last :])[:, last:]) < 1e-12
-    packed_again = torch.tensor([[1, 1, 4, 4]])
-    y = layer(x[:, 8:], state=state, seq_idx=packed_again)
-    assert rms_error(y[:, :2], layer(x[:, 8 - last :])[:, last : last + 2]) < 1e-12
-    assert rms_error(y[:, 2:], layer(x[:, 10:])) < 1e-12
-
-
-def test_padding_on_the_left_leaves_no_trace():
-    layer, x = mamba(bias=True), tokens()
-    padded = torch.cat([torch.randn(2, 3, 6, dtype=torch.float64), x], 1)
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[:, :3] = False
-    want, want_states = layer(x, return_state=True)
-    y, states = layer(padded, mask=mask, return_state=True)
-    assert rms_error(y[:, 3:], want) < 1e-12
-    assert all(rms_error(a, b) < 1e-12 for a, b in zip(states, want_states, strict=True))
-    assert rms_error(layer(padded)[:, 3:], want) > 1e-3
 
 
 def test_where_sequences_begin():

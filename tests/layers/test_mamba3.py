@@ -1,6 +1,5 @@
 """Facts of Mamba-3 alone: names, starts, the textbook forward, angles, states, packing, padding."""
 
-import copy
 import math
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from archzoo.layers._cache import StateCache, cache_for
-from archzoo.layers.mamba import seq_idx_from_cu_seqlens
 from archzoo.layers.mamba3 import Mamba3
 from tests.helpers import assert_all_close, layer_value_and_grads, rms_error
 
@@ -175,15 +172,6 @@ def test_chunk_size_changes_nothing():
         assert rms_error(mamba3(chunk_size=chunk_size)(x), want) < 1e-13
 
 
-def test_nothing_looks_ahead():
-    layer, x = mamba3(), tokens()
-    assert layer.causal
-    later = x.clone()
-    later[:, 5:] += 1
-    assert rms_error(layer(later)[:, :5], layer(x)[:, :5]) < 1e-14
-    assert rms_error(layer(later)[:, 5:], layer(x)[:, 5:]) > 1e-2
-
-
 def test_a_state_that_turns_counts_ones_modulo_two():
     """Parity by hand: a one turns the state by pi, and it hardly decays; the sign of the output is the answer."""
     layer = Mamba3(3, d_state=4, expand=1, headdim=1, A_floor=1e-6, dtype=D)
@@ -216,139 +204,10 @@ def test_autocast_keeps_the_state_in_float32():
     assert rms_error(steps, y) < 1e-2
 
 
-# --- States -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("length", [0, 1, 4, 9])
-def test_steps_equal_one_forward_and_leave_the_same_state(length, options):
-    layer, x = mamba3(**options), tokens(length=length)
-    want, want_states = layer(x, return_state=True)
-    states = layer.allocate_inference_cache(2, max_seqlen=100)
-    assert [s.shape for s in states] == [s.shape for s in want_states]
-    with torch.no_grad():
-        for t in range(length):
-            y, *returned = layer.step(x[:, t : t + 1], *states)
-            assert all(a is b for a, b in zip(returned, states, strict=True)), "in place"
-            assert rms_error(y, want[:, t : t + 1]) < 1e-12
-    for got, state in zip(states, want_states, strict=True):
-        assert (got - state).abs().max() < 1e-12
-        assert state.is_contiguous()
-    assert all(0 <= angle < 2 * math.pi for angle in want_states[0].flatten().tolist())
-
-
-class InChunks(nn.Module):
-    def __init__(self, layer, chunks):
-        super().__init__()
-        self.layer, self.chunks = layer, chunks
-
-    def forward(self, x):
-        ys, state = [], None
-        for part in x.split(self.chunks, 1):
-            y, state = self.layer(part, state=state, return_state=True)
-            ys.append(y)
-        return torch.cat(ys, 1)
-
-
-class BySteps(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        states = zeros(self.layer)
-        return torch.cat([self.layer.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])], 1)
-
-
-@pytest.mark.parametrize("chunks", [[4, 5], [1, 0, 1, 7], [2, 3, 4]], ids=str)
-def test_chunks_equal_the_whole_gradients_included(chunks):
-    layer, x = mamba3(), tokens()
-    got = {n.removeprefix("layer."): t for n, t in layer_value_and_grads(InChunks(layer, chunks), x).items()}
-    assert_all_close(got, layer_value_and_grads(layer, x), "in chunks")
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_steps_can_be_trained_through(options):
-    layer, x = mamba3(**options), tokens(length=5)
-    got = {name.removeprefix("layer."): t for name, t in layer_value_and_grads(BySteps(layer), x).items()}
-    assert_all_close(got, layer_value_and_grads(layer, x), "by steps")
-
-
-def test_a_prompt_in_one_go_then_steps_in_a_cache():
-    layer, x = mamba3(), tokens()
-    want, cache = layer(x), cache_for(layer)
-    assert isinstance(cache, StateCache)
-    with torch.no_grad():
-        parts = [cache.mix(layer, part) for part in x.split([5, 1, 1, 2], 1)]
-    assert rms_error(torch.cat(parts, 1), want) < 1e-12
-
-
-def test_states_survive_a_copy_and_a_new_order_of_the_batch():
-    layer, x = mamba3(), tokens(batch=3)
-    want = layer(x)
-    with torch.no_grad():
-        _, states = layer(x[:, :4], return_state=True)
-        kept = copy.deepcopy(states)
-        layer.step(x[:, 4:5], *states)
-        rows = torch.tensor([2, 0, 0])
-        y, *_ = layer.step(x[rows, 4:5], *(state[rows] for state in kept))
-    assert rms_error(y, want[rows, 4:5]) < 1e-12
-
-
-def test_a_step_can_be_exported():
-    layer, x = mamba3().eval(), tokens(length=1)
-
-    class Step(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, *states):
-            return self.layer.step(x, *states)
-
-    with torch.no_grad():
-        states = layer(tokens(seed=3), return_state=True)[1]
-        program = torch.export.export(Step(), (x, *copy.deepcopy(states))).module()
-        got = program(x, *copy.deepcopy(states))
-        want = layer.step(x, *states)
-    assert all(rms_error(a, b) < 1e-13 for a, b in zip(got, want, strict=True))
-
-
-# --- Packing and padding ----------------------------------------------------------------------------------------------
-
-
-def test_packed_sequences_equal_each_by_itself():
-    layer, x = mamba3(), tokens(batch=1, length=12)
-    state = layer(tokens(batch=1, seed=5), return_state=True)[1]
-    seq_idx = seq_idx_from_cu_seqlens(torch.tensor([0, 2, 3, 12]), 12)
-    first, second, third = x.split([2, 1, 9], 1)
-    y, own_state = layer(third, return_state=True)
-    alone = torch.cat([layer(first, state=state), layer(second), y], 1)
-    packed, packed_state = layer(x, seq_idx=seq_idx, state=state, return_state=True)
-    assert rms_error(packed, alone) < 1e-12
-    assert all(rms_error(a, b) < 1e-12 for a, b in zip(packed_state, own_state, strict=True))
-    assert rms_error(layer(x), alone) > 1e-3
-
-
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_a_packed_row_can_be_gone_on_from(last):
-    """The state knows nothing of the sequences before the last one, however short that is."""
-    layer, x = mamba3(), tokens(batch=1, length=12)
-    seq_idx = torch.tensor([[0] * (8 - last) + [1] * last])
-    _, state = layer(x[:, :8], seq_idx=seq_idx, return_state=True)
-    assert rms_error(layer(x[:, 8:], state=state), layer(x[:, 8 - last :])[:, last:]) < 1e-12
-
-
-def test_padding_on_the_left_leaves_no_trace():
-    layer, x = mamba3(), tokens()
-    padded = torch.cat([tokens(length=3, seed=4), x], 1)
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[:, :3] = False
-    want, want_states = layer(x, return_state=True)
-    y, states = layer(padded, mask=mask, return_state=True)
-    assert rms_error(y[:, 3:], want) < 1e-12
-    assert all(rms_error(a, b) < 1e-12 for a, b in zip(states, want_states, strict=True))
-    assert rms_error(layer(padded)[:, 3:], want) > 1e-3
+def test_angles_stay_in_one_turn():
+    angles = mamba3()(tokens(), return_state=True)[1][0]
+    assert angles.min() >= 0
+    assert angles.max() < 2 * math.pi
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
