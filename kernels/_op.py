@@ -57,15 +57,31 @@ def plain_eager(x: Tensor) -> bool:
 
 
 def differentiable_gradients(
-    definition: Callable[..., Tensor], dy: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+    definition: Callable[..., Any],
+    dy: Tensor | Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the inputs that can be differentiated again, through the definition: for `create_graph=True`."""
+    """Gradients of the inputs that can be differentiated again, through the definition: for `create_graph=True`.
+
+    Args:
+        definition: Of the op, with the inputs as its arguments; gives a tensor, or a tuple.
+        dy: The output's gradient; for a tuple that of each, None for one that was not used.
+        inputs: The op's.
+        needed: Which of them want a gradient; the others get None.
+    """
+    several = not isinstance(dy, Tensor)
     with torch.enable_grad():
         # Of views: where one input was made of another, autograd would go on from it into that one, and count it twice.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
-        found = iter(torch.autograd.grad(definition(*inputs), wanted, dy, create_graph=True))
-    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
+        found = definition(*inputs)
+        pairs = zip(found, dy, strict=True) if several else [(found, dy)]
+        ys, dys = zip(*((y, d) for y, d in pairs if d is not None), strict=True)
+        # Of several outputs some may be made of other inputs alone.
+        options = {"create_graph": True, "allow_unused": several, "materialize_grads": several}
+        gradients = iter(torch.autograd.grad(ys, wanted, dys, **options))
+    return [next(gradients) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
 
 
 _COUNTER = "torch.utils.flop_counter"

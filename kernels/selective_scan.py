@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import flop_formula, under_transform, without_autocast
+from archzoo.kernels._op import differentiable_gradients, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import (
     STEPS,
     Block,
@@ -326,30 +326,15 @@ def _gradients(ctx: Any, dout: Tensor | None, dlast: Tensor | None, _: None) -> 
     if dout is None and dlast is None:
         return (None,) * (len(inputs) + 2)
     if torch.is_grad_enabled():  # create_graph=True
-        return *_twice(ctx.delta_softplus, dout, dlast, inputs, seq_idx, needed), None, None
+
+        def definition(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+            arguments: tuple[Any, ...] = (*tensors, seq_idx, ctx.delta_softplus)
+            return _plain(*arguments)
+
+        return *differentiable_gradients(definition, (dout, dlast), inputs, needed), None, None
     u, *others = inputs
     found = selective_scan_backward_op(u, dout, dlast, *others, seq_idx, borders, ctx.delta_softplus, list(needed))
     return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
-
-
-def _twice(
-    delta_softplus: bool,
-    dout: Tensor | None,
-    dlast: Tensor | None,
-    inputs: Sequence[Tensor | None],
-    seq_idx: Tensor | None,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through the definition."""
-    # Views: where one input was made of another, the gradient of each is still that of this op alone.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    arguments: tuple[Any, ...] = (*inputs, seq_idx, delta_softplus)
-    pairs = zip(_plain(*arguments), (dout, dlast), strict=True)
-    ys, dys = zip(*((y, dy) for y, dy in pairs if dy is not None), strict=True)
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
-    # With dlast alone, or dout alone, some inputs have no part in it.
-    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True, materialize_grads=True))
-    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
 
 
 selective_scan_op.register_autograd(_gradients, setup_context=_setup)

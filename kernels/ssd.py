@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import flop_formula, under_transform, without_autocast
+from archzoo.kernels._op import differentiable_gradients, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import state_dtype
 from archzoo.kernels._ssd import Gradients, Options, Problem, Slab, check_ssd
 
@@ -222,30 +222,15 @@ def _gradients(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: None) ->
     if dout is None and dfinal is None:
         return (None,) * len(inputs) + without
     if torch.is_grad_enabled():  # create_graph=True
-        return *_twice(options, dout, dfinal, inputs, seq_idx, needed), *without
+
+        def definition(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+            arguments: tuple[Any, ...] = (*tensors, seq_idx, *options)
+            return _plain(*arguments)
+
+        return *differentiable_gradients(definition, (dout, dfinal), inputs, needed), *without
     x, *others = inputs
     found = ssd_backward_op(x, dout, dfinal, *others, seq_idx, borders, *options, list(needed))
     return *(g if need else None for g, need in zip(found, needed, strict=True)), *without
-
-
-def _twice(
-    options: tuple[int, bool, float, float],
-    dout: Tensor | None,
-    dfinal: Tensor | None,
-    inputs: Sequence[Tensor | None],
-    seq_idx: Tensor | None,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through the definition."""
-    # Views: where one input was made of another, the gradient of each is still that of this op alone.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    arguments: tuple[Any, ...] = (*inputs, seq_idx, *options)
-    pairs = zip(_plain(*arguments), (dout, dfinal), strict=True)
-    ys, dys = zip(*((y, dy) for y, dy in pairs if dy is not None), strict=True)
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
-    # With dfinal alone, or dout alone, some inputs have no part in it.
-    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True, materialize_grads=True))
-    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
 
 
 ssd_op.register_autograd(_gradients, setup_context=_setup)
