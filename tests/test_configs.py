@@ -22,7 +22,7 @@ STEP = [
     "trainer.limit_batches=1",
     "trainer.eval_batch_size=8",  # which all scores can do with
 ]
-NEEDS_DATA = {"mnist", "mnist_arithmetic", "multi_mnist", "fashion_mnist", "cifar10", "text"}
+NEEDS_DATA = {"mnist", "mnist_arithmetic", "multi_mnist", "fashion_mnist", "cifar10", "text", "chess_bpu"}
 # What a model or a task must be run with, where the default layer, model or budget do not go with it.
 OF_KIND = {
     "linear": [],
@@ -31,9 +31,17 @@ OF_KIND = {
 }
 CAPSULES = ["task=mnist", "task.loss=margin", "task.standardize=false", "budget.match=none", "model.decoder=null"]
 CAPSULES += ["model.width=8", "model.capsule_types=2"]
+FEW_PUZZLES = ["task.puzzles=8", "task.search_depth=1"]
 FITTING = {
     "layer=bpu": ["model=bpu", "model.connectome=generated", "budget.match=none"],
     "model=bpu": ["layer=bpu", "model.connectome=generated", "budget.match=none"],
+    "model=chess_bpu": [
+        "task=chess_moves",
+        *FEW_PUZZLES,
+        "layer=bpu",
+        "model.connectome=generated",
+        "budget.match=none",
+    ],
     "layer=capsules": ["model=capsnet", *CAPSULES],
     "layer=self_attention_routing": ["model=capsnet", *CAPSULES],
     "model=capsnet": ["layer=capsules", *CAPSULES],
@@ -50,6 +58,7 @@ FITTING = {
     "model=kan": ["layer=kan", "budget.match=none"],
     "model=padenet": ["task=super_resolution", "layer=conv2d", "budget.to=conv2d"],
     "task=autoencoding": ["model=autoencoder", "task.dataset=digits"],
+    "task=chess_moves": FEW_PUZZLES,
     "task=idempotent": ["model=projector", "layer=conv2d", "budget.to=conv2d"],
     "task=style_transfer": ["model=stylizer", "layer=conv2d", "budget.to=conv2d"],
     "task=poisson": ["layer=kan", "budget.match=none"],
@@ -67,6 +76,8 @@ def options(group):
 
 
 def skip_without_data(words):
+    if "chess_moves" in words:
+        pytest.importorskip("chess", reason="python-chess is not installed: pip install 'archzoo[chess]'")
     needed = NEEDS_DATA & set(words)
     if needed and not DATA:
         pytest.skip(f"{', '.join(needed)} needs ARCHZOO_DATA, the folder of the data sets")
@@ -142,6 +153,7 @@ LARGE = {
     "flow_two_moons",
     "capsules_mnist",
     "bpu_mnist",
+    "chess_bpu",
 }
 
 

@@ -84,7 +84,7 @@ def test_wheel_holds_every_source_file_of_the_checkout(names):
     homes = {"archzoo": "archzoo", "kernels": "archzoo/kernels", "configs": "archzoo/configs"}
     wanted = set()
     for folder, home in homes.items():
-        for suffix in ("py", "yaml", "html", "css", "j2", "typed"):
+        for suffix in ("py", "yaml", "json", "npz", "html", "css", "j2", "typed"):
             for file in (REPOSITORY / folder).rglob(f"*.{suffix}"):
                 wanted.add(f"{home}/{file.relative_to(REPOSITORY / folder).as_posix()}")
     assert {"archzoo/py.typed", "archzoo/kernels/__init__.py", "archzoo/layers/linear.py"} <= wanted

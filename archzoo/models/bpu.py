@@ -1,4 +1,4 @@
-"""A connectome as an image classifier (arXiv 2507.10951), and the perceptron of equal parameters beside it."""
+"""A connectome as a classifier (arXiv 2507.10951), and the perceptron of equal parameters beside it."""
 
 import functools
 import math
@@ -71,18 +71,26 @@ class FrozenMiddleMLP(nn.Module):
 
 
 class ConnectomeClassifier(nn.Module):
-    """Flattens an image and hands it to a BPU, or to what is compared with one.
+    """Flattens or encodes an input and hands it to a BPU, or to what is compared with one.
 
     Args:
         core: Maps (batch, features) to (batch, classes).
         connectome: The wiring from which the core has its sizes, as measured.
         flip: Whether training images are mirrored left to right at random.
+        encoder: Maps (batch, *input_shape) to (batch, features). None: flattens.
 
     Shape: (batch, *input_shape) -> (batch, output_size).
     """
 
-    def __init__(self, core: BPU | FrozenMiddleMLP, connectome: Connectome, flip: bool = False):
+    def __init__(
+        self,
+        core: BPU | FrozenMiddleMLP,
+        connectome: Connectome,
+        flip: bool = False,
+        encoder: nn.Module | None = None,
+    ):
         super().__init__()
+        self.encoder = nn.Flatten() if encoder is None else encoder
         self.core, self.connectome, self.flip = core, connectome, flip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +98,7 @@ class ConnectomeClassifier(nn.Module):
         if self.flip and self.training:
             mirrored = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < 0.5
             x = torch.where(mirrored, x.flip(-1), x)
-        y: Tensor = self.core(x.flatten(1))
+        y: Tensor = self.core(self.encoder(x))
         return y
 
     def summarize(self) -> dict[str, Any]:
@@ -174,8 +182,8 @@ def bpu(
         core = FrozenMiddleMLP(layer, *sizes, (sensory, outputs), dropout)
     else:
         raise ValueError(
-            f"layer={layer.entry.name!r}: model 'bpu' is made of layer 'bpu', or, for the perceptron beside it, of a "
-            "layer of kind 'linear', as 'linear'"
+            f"layer={layer.entry.name!r}: must be 'bpu', or, for the perceptron beside it, of kind 'linear', as "
+            "'linear' itself"
         )
     assert isinstance(core, BPU | FrozenMiddleMLP)
     return ConnectomeClassifier(core, wiring, flip)
