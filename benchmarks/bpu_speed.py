@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.kernels._bpu_plan import RecurrencePlan
 from archzoo.kernels.bpu_recurrence import bpu_recurrence
 from archzoo.layers.bpu import BPU, Connectome
 from archzoo.models.bpu import find_connectome
@@ -81,8 +80,7 @@ def core(layer: BPU | Textbook, x: Tensor) -> Callable[[], object]:
     """Forward and backward of the recurrence alone, by the drive of its sensory neurons."""
     drive = layer.input_proj(x).detach().requires_grad_()
     if isinstance(layer, BPU):
-        plan = RecurrencePlan(layer._index, layer._layout)
-        return lambda: torch.autograd.grad(bpu_recurrence(drive, layer.edge_weight, plan).sum(), drive)
+        return lambda: torch.autograd.grad(bpu_recurrence(drive, layer.edge_weight, layer._placed).sum(), drive)
     return lambda: torch.autograd.grad(layer.recur(drive).sum(), drive)
 
 
@@ -119,7 +117,6 @@ def measure(wiring: Connectome, batch: int, steps: int, seconds: float) -> dict[
         "core_ms": race({n: core(layer, x) for n, layer in layers.items()}, seconds),
     }
     held = {n: kept(layer, x.clone()) for n, layer in layers.items()}
-    held["ours"] -= ours._index.nbytes  # which the layer holds anyway, as it does its buffers
     ratios = {key.removesuffix("_ms"): round(t["textbook"] / t["ours"], 2) for key, t in times.items()}
     row: dict[str, Any] = {
         "batch": batch,

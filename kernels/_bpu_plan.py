@@ -7,14 +7,17 @@ hold for any weights.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from archzoo.kernels._numpy import np
 
-_HEAD, _PER_STATE, _PER_LINK = 7, 3, 2
+_HEAD, _PER_STATE, _PER_LINK = 4, 4, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,18 @@ class RecurrencePlan:
     index: Tensor
     layout: tuple[int, ...]
 
+    @functools.cached_property
+    def unpacked(self) -> Unpacked:
+        """The same told apart, once for all calls: it takes as long as the arithmetic of a short recurrence."""
+        return Unpacked(self.index, self.layout)
+
+    def to(self, device: torch.device) -> RecurrencePlan:
+        """The plan with its index on a device."""
+        return RecurrencePlan(self.index.to(device), self.layout)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecurrencePlan, (self.index, self.layout)  # copies and pickles without the views
+
 
 @dataclass(frozen=True)
 class Link:
@@ -36,79 +51,74 @@ class Link:
 
     sources: int
     targets: int
+    edges: int
     target_rows: Tensor
     """CSR row pointers of (targets, sources)."""
     target_columns: Tensor
-    target_edges: Tensor
-    """Number of each edge in the connectome, in the order of this matrix."""
     source_rows: Tensor
     """The same of the transpose, (sources, targets)."""
     source_columns: Tensor
-    source_edges: Tensor
     kept_source: Tensor
     """Neurons of both steps, by their place in the first; of use with `residual`."""
     kept_target: Tensor
 
-    @property
-    def edges(self) -> int:
-        """Number of edges."""
-        return self.target_edges.numel()
-
 
 @dataclass(frozen=True)
 class State:
-    """The neurons that are computed at one step, in ascending order: sensory ones first, output ones last."""
+    """The neurons that are held at one step, in ascending order: sensory ones first, output ones last.
+
+    Where the drive enters these are all sensory neurons, and where states are read all output neurons, so that both are
+    blocks; those of them that cannot matter have no edges.
+    """
 
     neurons: int
-    driven: Tensor
-    """Places in the sensory pool of those that the drive enters at this step, which are the first ones."""
-    read: Tensor
-    """Places in the output pool of those that are read at this step, which are the last ones."""
+    driven: int
+    """How many the drive enters: the first ones."""
+    read: int
+    """How many are read: the last ones."""
 
 
 class Unpacked:
     """A plan's sets and patterns, as views of its index."""
 
-    def __init__(self, index: Tensor, layout: list[int] | tuple[int, ...]):
-        self.steps, self.num_sensory, self.num_output, every, residual, sums, _ = layout[:_HEAD]
-        self.every, self.residual, self.sums = bool(every), bool(residual), bool(sums)
+    def __init__(self, index: Tensor, layout: Sequence[int]):
+        self.steps, self.num_sensory, self.num_output, residual = layout[:_HEAD]
+        self.residual = bool(residual)
         ends = _HEAD + _PER_STATE * self.steps
-        sizes = _segments(layout)
-        parts = iter(index.split(sizes))
-        self.states = [State(layout[at], next(parts), next(parts)) for at in range(_HEAD, ends, _PER_STATE)]
+        self.states = [State(layout[at], *layout[at + 2 : at + 4]) for at in range(_HEAD, ends, _PER_STATE)]
+        self.neurons, self.link_edges = held_sizes(layout), link_sizes(layout)
+        parts = iter(index.split(_segments(layout)))
         self.links = [
-            Link(before.neurons, after.neurons, *(next(parts) for _ in range(8)))
-            for before, after in zip(self.states, self.states[1:], strict=False)
+            Link(before.neurons, after.neurons, edges, *(next(parts) for _ in range(6)))
+            for before, after, edges in zip(self.states, self.states[1:], self.link_edges, strict=False)
         ]
-
-    @property
-    def widest(self) -> int:
-        """The largest number of neurons of a step."""
-        return max(state.neurons for state in self.states)
+        # Number of each edge in the connectome, link by link in the order of its matrix, and of its transpose.
+        self.target_edges, self.source_edges = parts
 
 
-def state_sizes(layout: list[int] | tuple[int, ...]) -> list[int]:
-    """Neurons of each step."""
+def held_sizes(layout: Sequence[int]) -> list[int]:
+    """Neurons that are held at each step."""
     return [int(n) for n in layout[_HEAD : _HEAD + _PER_STATE * layout[0] : _PER_STATE]]
 
 
-def link_sizes(layout: list[int] | tuple[int, ...]) -> list[int]:
+def state_sizes(layout: Sequence[int]) -> list[int]:
+    """Neurons that matter at each step."""
+    return [int(n) for n in layout[_HEAD + 1 : _HEAD + _PER_STATE * layout[0] : _PER_STATE]]
+
+
+def link_sizes(layout: Sequence[int]) -> list[int]:
     """Edges between each step and the next."""
     return [int(n) for n in layout[_HEAD + _PER_STATE * layout[0] :: _PER_LINK]]
 
 
-def _segments(layout: list[int] | tuple[int, ...]) -> list[int]:
+def _segments(layout: Sequence[int]) -> list[int]:
     """Lengths of the pieces of the index."""
-    steps = layout[0]
-    at = _HEAD + _PER_STATE * steps
-    sizes = list[int]()
-    for t in range(steps):
-        sizes += layout[_HEAD + _PER_STATE * t + 1 : _HEAD + _PER_STATE * (t + 1)]
-    neurons = state_sizes(layout)
-    for t in range(steps - 1):
+    at = _HEAD + _PER_STATE * layout[0]
+    sizes, neurons, total = list[int](), held_sizes(layout), sum(link_sizes(layout))
+    for t in range(layout[0] - 1):
         edges, kept = layout[at + _PER_LINK * t : at + _PER_LINK * (t + 1)]
-        sizes += [neurons[t + 1] + 1, edges, edges, neurons[t] + 1, edges, edges, kept, kept]
-    return sizes
+        sizes += [neurons[t + 1] + 1, edges, neurons[t] + 1, edges, kept, kept]
+    return [*sizes, total, total]
 
 
 def plan_recurrence(
@@ -148,19 +158,22 @@ def plan_recurrence(
             "which the drive enters at the first"
         )
     active = [a & u for a, u in zip(alive, useful, strict=True)]
-    numbers = [np.flatnonzero(a) for a in active]
-    head = [steps, num_sensory, num_output, int(every), int(residual), int(sums), total]
-    per_state, per_link, parts = list[int](), list[int](), list[np.ndarray]()
-    for t, ids in enumerate(numbers):
-        driven = ids[ids < num_sensory] if every or t == 0 else ids[:0]
-        read = ids[ids >= total - num_output] - (total - num_output) if sums or t == steps - 1 else ids[:0]
-        per_state += [len(ids), len(driven), len(read)]
-        parts += [driven, read]
+    head = [steps, num_sensory, num_output, int(residual)]
+    per_state, per_link, parts, by_target, by_source = list[int](), list[int](), *(list[np.ndarray]() for _ in range(3))
+    numbers = list[np.ndarray]()
+    for t, a in enumerate(active):
+        driven = bool((every or t == 0) and (a & sensory).any())
+        read = bool((sums or t == steps - 1) and (a & output).any())
+        held = a | (sensory & driven) | (output & read)
+        numbers.append(np.flatnonzero(held))
+        per_state += [len(numbers[t]), int(a.sum()), num_sensory * driven, num_output * read]
     for t in range(steps - 1):
-        found = _link(source, target, numbers[t], numbers[t + 1], total, residual)
-        per_link += [len(found[1]), len(found[6])]
-        parts += found
-    index = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+        found, kept, edges = _link(source, target, active[t : t + 2], numbers[t : t + 2], residual)
+        per_link += [len(edges[0]), len(kept[0])]
+        parts += found + kept
+        by_target.append(edges[0])
+        by_source.append(edges[1])
+    index = torch.from_numpy(np.concatenate(parts + by_target + by_source).astype(np.int32))
     return RecurrencePlan(index, (*head, *per_state, *per_link))
 
 
@@ -194,25 +207,18 @@ def _shortest(sensory: np.ndarray, output: np.ndarray, source: np.ndarray, targe
 
 
 def _link(
-    source: np.ndarray, target: np.ndarray, before: np.ndarray, after: np.ndarray, total: int, residual: bool
-) -> list[np.ndarray]:
-    """The pieces of a `Link`."""
-    place_before, place_after = np.full(total, -1), np.full(total, -1)
-    place_before[before], place_after[after] = np.arange(len(before)), np.arange(len(after))
-    edges = np.flatnonzero((place_before[source] >= 0) & (place_after[target] >= 0))
-    columns, rows = place_before[source[edges]], place_after[target[edges]]  # rows ascend, as edges are sorted by post
+    source: np.ndarray, target: np.ndarray, active: list[np.ndarray], numbers: list[np.ndarray], residual: bool
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """The pieces of a `Link`, and its edges' numbers in both orders."""
+    (before, after), places = numbers, [np.full(len(a), -1) for a in active]
+    for place, ids in zip(places, numbers, strict=True):
+        place[ids] = np.arange(len(ids))
+    edges = np.flatnonzero(active[0][source] & active[1][target])
+    columns, rows = places[0][source[edges]], places[1][target[edges]]  # rows ascend, as edges are sorted by post
     by_source = np.argsort(columns, kind="stable")
-    kept = np.intersect1d(before, after) if residual else before[:0]
-    return [
-        _pointers(rows, len(after)),
-        columns,
-        edges,
-        _pointers(columns[by_source], len(before)),
-        rows[by_source],
-        edges[by_source],
-        place_before[kept],
-        place_after[kept],
-    ]
+    kept = np.flatnonzero(active[0] & active[1]) if residual else before[:0]
+    matrices = [_pointers(rows, len(after)), columns, _pointers(columns[by_source], len(before)), rows[by_source]]
+    return matrices, [place[kept] for place in places], [edges, edges[by_source]]
 
 
 def _pointers(rows: np.ndarray, count: int) -> np.ndarray:

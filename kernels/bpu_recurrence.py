@@ -8,14 +8,14 @@ same backward, and as many again for the weights. There is no Triton kernel yet:
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._bpu_plan import Link, RecurrencePlan, Unpacked, link_sizes, plan_recurrence, state_sizes
+from archzoo.kernels._bpu_plan import Link, RecurrencePlan, Unpacked, held_sizes, link_sizes, plan_recurrence
 from archzoo.kernels._op import (
     compute_dtype,
     differentiable_gradients,
@@ -85,94 +85,126 @@ def _rows(pointers: Tensor, edges: int) -> Tensor:
     return torch.arange(len(counts), device=pointers.device).repeat_interleave(counts, output_size=edges)
 
 
-class _Matrix:
-    """The edges of a link as a matrix (targets, sources), which is multiplied from the left, it or its transpose."""
+def _sums(rows: Tensor, columns: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """A CSR matrix times x, as sums of weighted rows: torch's sparse matrices take half as long again on a CPU."""
+    if not columns.numel() or not x.numel():
+        return x.new_zeros(rows.numel() - 1, x.shape[1])
+    return torch.embedding_bag(x, columns, rows, False, 0, False, weights, True, None)[0]
 
-    def __init__(self, link: Link, weight: Tensor, dense: bool):
-        self.link, self.weight, self.dense = link, weight, dense
-        self.block: Tensor | None = None
 
-    def places(self) -> Tensor:
-        """Of the edges in the dense matrix, flattened."""
-        link = self.link
-        return _rows(link.target_rows, link.edges) * link.sources + link.target_columns
+def _places(link: Link) -> Tensor:
+    """Of a link's edges in the dense matrix (targets, sources), flattened."""
+    return _rows(link.target_rows, link.edges) * link.sources + link.target_columns
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(targets, B) of h (sources, B)."""
-        link = self.link
-        if self.dense:
-            return self._dense() @ h
-        return self._sparse(link.target_rows, link.target_columns, link.target_edges, h)
 
-    def backward(self, g: Tensor) -> Tensor:
-        """(sources, B) of g (targets, B)."""
-        link = self.link
-        if self.dense:
-            return self._dense().t() @ g
-        return self._sparse(link.source_rows, link.source_columns, link.source_edges, g)
+def _block(link: Link, weights: Tensor) -> Tensor:
+    """The dense matrix (targets, sources)."""
+    block = weights.new_zeros(link.targets * link.sources)
+    return block.index_put_((_places(link),), weights).view(link.targets, link.sources)
 
-    def _dense(self) -> Tensor:
-        if self.block is None:
-            link = self.link
-            block = self.weight.new_zeros(link.targets * link.sources)
-            self.block = block.index_put_((self.places(),), self.weight[link.target_edges]).view(
-                link.targets, link.sources
-            )
-        return self.block
 
-    def _sparse(self, rows: Tensor, columns: Tensor, edges: Tensor, x: Tensor) -> Tensor:
-        """Sums of weighted rows of x: torch's sparse matrices take two to three times as long for it on a CPU."""
-        if not edges.numel() or not x.numel():
-            return x.new_zeros(rows.numel() - 1, x.shape[1])
-        weights = self.weight.index_select(0, edges)
-        return F.embedding_bag(columns, x, rows, mode="sum", per_sample_weights=weights, include_last_offset=True)
-
-    def add_weight_gradient(self, dw: Tensor, h: Tensor, g: Tensor) -> None:
-        """dw_e += sum_b h[pre_e, b] g[post_e, b], for h (sources, B) and g (targets, B)."""
-        link = self.link
-        edges = link.target_edges.long()
-        if self.dense:
-            dw.index_add_(0, edges, (g @ h.t()).flatten()[self.places()])
-            return
-        rows, size = _rows(link.target_rows, link.edges), max(1, _CHUNK // max(1, h.shape[1]))
-        for start in range(0, link.edges, size):
-            part = slice(start, start + size)
-            pairs = h[link.target_columns[part]].mul_(g[rows[part]])
-            dw.index_add_(0, edges[part], pairs.sum(1))
+def _weight_gradient(link: Link, h: Tensor, g: Tensor, dense: bool) -> Tensor:
+    """sum_b h[pre_e, b] g[post_e, b] of each edge e, for h (sources, B) and g (targets, B)."""
+    if dense:
+        return (g @ h.t()).flatten()[_places(link)]
+    found = g.new_empty(link.edges)
+    rows, size = _rows(link.target_rows, link.edges), max(1, _CHUNK // max(1, h.shape[1]))
+    for start in range(0, link.edges, size):
+        part = slice(start, start + size)
+        torch.sum(h[link.target_columns[part]].mul_(g[rows[part]]), 1, out=found[part])
+    return found
 
 
 @without_autocast
-def _forward(
-    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, dense: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(drive: Tensor, weight: Tensor, plan: Unpacked, keep: int, dense: bool) -> tuple[Tensor, Tensor]:
     """y (B, O) in the drive's dtype, and what the backward pass needs: states, or whether they are above 0."""
-    plan, wide, batch = Unpacked(index, tuple(layout)), compute_dtype(drive, weight), drive.shape[0]
-    w = weight.to(wide)
-    saved = _kept(drive, weight, layout, keep)
-    entering = drive.t().to(wide)
-    y = torch.zeros(plan.num_output, batch, dtype=wide, device=drive.device)
-    h, at = entering[:0], 0
+    wide = compute_dtype(drive, weight)
+    entering = drive.t().to(wide).contiguous()
+    weights = weight.to(wide).index_select(0, plan.target_edges).split(plan.link_edges)
+    saved = _kept(drive, weight, plan.neurons, keep)
+    kept = saved.split(plan.neurons) if keep != _NOTHING else ()
+    h = y = entering[:0]
     for t, state in enumerate(plan.states):
         if t == 0:
-            h = entering.index_select(0, state.driven).contiguous()
+            h = torch.relu(entering[: state.driven])  # not in place: it may be the caller's memory
         else:
-            link = plan.links[t - 1]
-            before, h = h, _Matrix(link, w, dense).forward(h)
+            link, before = plan.links[t - 1], h
+            if dense:
+                h = _block(link, weights[t - 1]) @ before
+            else:
+                h = _sums(link.target_rows, link.target_columns, weights[t - 1], before)
             if plan.residual:
                 h.index_add_(0, link.kept_target, before.index_select(0, link.kept_source))
-            if plan.every:
-                h[: state.driven.numel()] += entering.index_select(0, state.driven)
-        h = h.relu_()
-        if keep != _NOTHING:
-            saved[at : at + h.numel()].view(h.shape).copy_(h)  # as a truth value where only signs are kept
-            at += h.numel()
-        if state.read.numel():
-            y.index_add_(0, state.read, h[state.neurons - state.read.numel() :])
-    return y.t().to(drive.dtype, memory_format=torch.contiguous_format, copy=True), saved
+            if state.driven:
+                h[: state.driven] += entering
+            h.relu_()
+        if kept:
+            kept[t].copy_(h)  # as a truth value where only signs are kept
+        if state.read:
+            read = h[state.neurons - state.read :]
+            y = y + read if len(y) else read
+    return y.t().to(drive.dtype), saved
 
 
 @without_autocast
 def _backward(
+    dy: Tensor, weight: Tensor, saved: Tensor, plan: Unpacked, dense: bool, need_drive: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of drive and weight. What is not needed is not computed, and comes back with no elements."""
+    wide = compute_dtype(dy, weight)
+    w, dread = weight.to(wide), dy.t().to(wide).contiguous()
+    weights = w.index_select(0, plan.target_edges if dense else plan.source_edges).split(plan.link_edges)
+    kept = (saved.view(torch.uint8) if saved.dtype == torch.bool else saved).split(plan.neurons)
+    dx, dw = dread[:0], [w[:0]]
+    g = dread[: plan.neurons[-1]]  # at the last step only outputs matter, if any
+    for t in reversed(range(plan.steps)):
+        state = plan.states[t]
+        if state.read and t < plan.steps - 1:
+            g[state.neurons - state.read :] += dread
+        g = _through_relu(g, kept[t])
+        if state.driven and need_drive:
+            entered = g[: state.driven]
+            dx = dx + entered if len(dx) else entered
+        if t:
+            link, after = plan.links[t - 1], g
+            if need_weight:
+                dw.append(_weight_gradient(link, kept[t - 1], g, dense))
+            if dense:
+                g = _block(link, weights[t - 1]).t() @ after
+            else:
+                g = _sums(link.source_rows, link.source_columns, weights[t - 1], after)
+            if plan.residual:
+                g.index_add_(0, link.kept_source, after.index_select(0, link.kept_target))
+    dweight = w.new_zeros(w.shape if need_weight else (0,))
+    if need_weight:
+        dweight.index_add_(0, plan.target_edges, torch.cat(dw[::-1]))
+    return dx.t().to(dy.dtype, memory_format=torch.contiguous_format, copy=True), dweight.to(weight.dtype)
+
+
+def _through_relu(g: Tensor, kept: Tensor) -> Tensor:
+    """The gradient in front of a ReLU. Products with bool tensors take torch three times as long as this detour."""
+    if kept.dtype == torch.uint8:
+        return kept.to(g.dtype).mul_(g)
+    return torch.ops.aten.threshold_backward(g, kept, 0)
+
+
+def _kept(drive: Tensor, weight: Tensor, neurons: list[int], keep: int) -> Tensor:
+    """Memory for what is kept (neurons, B), of all steps one behind the other."""
+    count = 0 if keep == _NOTHING else sum(neurons)
+    dtype = compute_dtype(drive, weight) if keep == _STATES else torch.bool
+    return drive.new_empty(count, drive.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("archzoo::bpu_recurrence", mutates_args=())
+def bpu_recurrence_op(
+    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, dense: bool
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, as an op that compilers and counters see."""
+    return _forward(drive, weight, Unpacked(index, layout), keep, dense)
+
+
+@torch.library.custom_op("archzoo::bpu_recurrence_backward", mutates_args=())
+def bpu_recurrence_backward_op(
     dy: Tensor,
     weight: Tensor,
     saved: Tensor,
@@ -182,56 +214,15 @@ def _backward(
     need_drive: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of drive and weight. What is not needed is not computed, and comes back with no elements."""
-    plan, wide, batch = Unpacked(index, tuple(layout)), compute_dtype(dy, weight), dy.shape[0]
-    w = weight.to(wide)
-    dread = dy.t().to(wide).contiguous()
-    dx = torch.zeros(plan.num_sensory if need_drive else 0, batch, dtype=wide, device=dy.device)
-    dw = torch.zeros(w.shape if need_weight else (0,), dtype=wide, device=dy.device)
-    g = torch.zeros(plan.states[-1].neurons, batch, dtype=wide, device=dy.device)
-    at = saved.numel()
-    for t in reversed(range(plan.steps)):
-        state = plan.states[t]
-        if state.read.numel():
-            g[state.neurons - state.read.numel() :] += dread.index_select(0, state.read)
-        at -= g.numel()
-        here = saved[at : at + g.numel()].view(g.shape)
-        g = _through_relu(g, here)
-        if need_drive and state.driven.numel():
-            dx.index_add_(0, state.driven, g[: state.driven.numel()])
-        if t:
-            link, neurons = plan.links[t - 1], plan.states[t - 1].neurons
-            matrix = _Matrix(link, w, dense)
-            if need_weight:
-                matrix.add_weight_gradient(dw, saved[at - neurons * batch : at].view(neurons, batch), g)
-            after, g = g, matrix.backward(g)
-            if plan.residual:
-                g.index_add_(0, link.kept_source, after.index_select(0, link.kept_target))
-    return dx.t().to(dy.dtype, memory_format=torch.contiguous_format, copy=True), dw.to(weight.dtype, copy=True)
-
-
-def _through_relu(g: Tensor, kept: Tensor) -> Tensor:
-    """The gradient in front of a ReLU. Products with bool tensors take torch seven times as long as this detour."""
-    if kept.dtype == torch.bool:
-        return g.mul_(kept.view(torch.uint8).to(g.dtype))
-    return torch.ops.aten.threshold_backward(g, kept, 0)
-
-
-def _kept(drive: Tensor, weight: Tensor, layout: Sequence[int], keep: int) -> Tensor:
-    """Memory for what is kept, of all steps one behind the other."""
-    count = 0 if keep == _NOTHING else sum(state_sizes(tuple(layout))) * drive.shape[0]
-    return drive.new_empty(count, dtype=compute_dtype(drive, weight) if keep == _STATES else torch.bool)
-
-
-bpu_recurrence_op = torch.library.custom_op("archzoo::bpu_recurrence", mutates_args=())(_forward)
-bpu_recurrence_backward_op = torch.library.custom_op("archzoo::bpu_recurrence_backward", mutates_args=())(_backward)
+    """Its gradients."""
+    return _backward(dy, weight, saved, Unpacked(index, layout), dense, need_drive, need_weight)
 
 
 @bpu_recurrence_op.register_fake
 def _(
     drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, dense: bool
 ) -> tuple[Tensor, Tensor]:
-    return drive.new_empty(drive.shape[0], layout[2]), _kept(drive, weight, layout, keep)
+    return drive.new_empty(layout[2], drive.shape[0]).t(), _kept(drive, weight, held_sizes(layout), keep)
 
 
 @bpu_recurrence_backward_op.register_fake
@@ -251,66 +242,66 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     drive, weight, index, ctx.layout, _, ctx.dense = inputs
-    ctx.save_for_backward(drive, weight, index, output[1])
+    ctx.save_for_backward(drive, weight, output[1], index)
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, dy: Tensor, dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
-    drive, weight, index, saved = ctx.saved_tensors
+def _op_gradients(ctx: Any, dy: Tensor, dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
+    plan = RecurrencePlan(ctx.saved_tensors[3], tuple(ctx.layout))
+    return *_gradients(ctx, plan, dy), None, None, None, None
+
+
+def _gradients(ctx: Any, plan: RecurrencePlan, dy: Tensor) -> tuple[Tensor | None, ...]:
+    drive, weight, saved = ctx.saved_tensors[:3]
     needed = tuple(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled():  # create_graph=True
-        definition = functools.partial(_plain, index=index, layout=ctx.layout)
-        return *differentiable_gradients(definition, dy, (drive, weight), needed), None, None, None, None
-    backward: Callable[..., Any] = _backward if plain_eager(dy) else bpu_recurrence_backward_op
-    found = backward(dy, weight, saved, index, ctx.layout, ctx.dense, *needed)
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None, None
+        return tuple(differentiable_gradients(functools.partial(_plain, plan=plan), dy, (drive, weight), needed))
+    if plain_eager(dy):
+        found = _backward(dy, weight, saved, plan.unpacked, ctx.dense, *needed)
+    else:
+        found = bpu_recurrence_backward_op(dy, weight, saved, plan.index, list(plan.layout), ctx.dense, *needed)
+    return tuple(g if need else None for g, need in zip(found, needed, strict=True))
 
 
-bpu_recurrence_op.register_autograd(_gradients, setup_context=_setup)
+bpu_recurrence_op.register_autograd(_op_gradients, setup_context=_setup)
 
 
 class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs as much as a short recurrence's arithmetic."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, drive: Tensor, weight: Tensor, plan: RecurrencePlan, keep: int, dense: bool) -> Tensor:
+        y, saved = _forward(drive, weight, plan.unpacked, keep, dense)
+        ctx.plan, ctx.dense = plan, dense
+        ctx.save_for_backward(drive, weight, saved)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, dsaved)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, ctx.plan, dy), None, None, None
 
 
-def _plain(drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int]) -> Tensor:
+def _plain(drive: Tensor, weight: Tensor, plan: RecurrencePlan) -> Tensor:
     """The same on the same sets, in operations that torch can differentiate again and again."""
-    plan, wide = Unpacked(index, tuple(layout)), compute_dtype(drive, weight)
-    entering, w = drive.t().to(wide), weight.to(wide)
-    y = entering.new_zeros(plan.num_output, drive.shape[0])
+    sets, wide = Unpacked(plan.index, plan.layout), compute_dtype(drive, weight)
+    entering = drive.t().to(wide)
+    weights = weight.to(wide).index_select(0, sets.target_edges).split(sets.link_edges)
+    y = entering.new_zeros(sets.num_output, drive.shape[0])
     h = entering[:0]
-    for state, entries in zip(plan.states, _entries(plan), strict=True):
-        if entries is None:
-            total = entering.index_select(0, state.driven)
-        else:
-            link, rows = entries
-            terms = w.index_select(0, link.target_edges).unsqueeze(1) * h.index_select(0, link.target_columns)
-            total = entering.new_zeros(state.neurons, drive.shape[0]).index_add(0, rows, terms)
-            if plan.residual:
+    for t, state in enumerate(sets.states):
+        total = entering.new_zeros(state.neurons, drive.shape[0])
+        if t:
+            link = sets.links[t - 1]
+            terms = weights[t - 1].unsqueeze(1) * h.index_select(0, link.target_columns)
+            total = total.index_add(0, _rows(link.target_rows, link.edges), terms)
+            if sets.residual:
                 total = total.index_add(0, link.kept_target, h.index_select(0, link.kept_source))
-            if plan.every:
-                first = torch.arange(state.driven.numel(), device=index.device)
-                total = total.index_add(0, first, entering.index_select(0, state.driven))
+        if state.driven:
+            total = total + F.pad(entering, (0, 0, 0, state.neurons - state.driven))
         h = torch.relu(total)
-        if state.read.numel():
-            y = y.index_add(0, state.read, h[state.neurons - state.read.numel() :])
+        if state.read:
+            y = y + h[state.neurons - state.read :]
     return y.t().to(drive.dtype)
-
-
-def _entries(plan: Unpacked) -> Iterator[tuple[Link, Tensor] | None]:
-    yield None
-    for link in plan.links:
-        yield link, _rows(link.target_rows, link.edges)
 
 
 @flop_formula(torch.ops.archzoo.bpu_recurrence)
@@ -362,14 +353,16 @@ def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backe
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(map(repr, BACKENDS))}")
     rows = drive.reshape(-1, layout[1])
     if under_transform():
-        y = _plain(rows, weight, plan.index, layout)
+        y = _plain(rows, weight, plan)
     else:
         dense = backend == "dense" or (
-            backend == "auto" and drive.is_cuda and max(state_sizes(layout)) <= _DENSE_NEURONS
+            backend == "auto" and drive.is_cuda and max(held_sizes(layout)) <= _DENSE_NEURONS
         )
         keep = _NOTHING
         if torch.is_grad_enabled():
             keep = _STATES if weight.requires_grad else _SIGNS if drive.requires_grad else _NOTHING
-        op = _Eager.apply if plain_eager(drive) else bpu_recurrence_op
-        y, _ = op(rows, weight, plan.index, list(layout), keep, dense)
-    return y.view(*drive.shape[:-1], layout[2])
+        if plain_eager(drive):
+            y = _Eager.apply(rows, weight, plan, keep, dense)
+        else:
+            y, _ = bpu_recurrence_op(rows, weight, plan.index, list(layout), keep, dense)
+    return y.reshape(*drive.shape[:-1], layout[2])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels._bpu_plan import RecurrencePlan, link_sizes, plan_recurrence, state_sizes
+from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.bpu_recurrence import BACKENDS, bpu_recurrence
 from archzoo.layers._check import check_dropout, check_dtype, check_positive, check_whole
 from archzoo.layers._connectome import Connectome
@@ -86,7 +87,7 @@ class BPU(nn.Module):
     """
 
     edge_weight: Tensor
-    _index: Tensor
+    _placed: RecurrencePlan
 
     def __init__(
         self,
@@ -127,10 +128,9 @@ class BPU(nn.Module):
         self.inject, self.residual, self.readout = inject, residual, readout
         self.dropout, self.trainable, self.backend = dropout, trainable, backend
         pools = connectome.pool_sizes
-        plan = plan_recurrence(
+        self._plan = plan_recurrence(
             connectome.pre, connectome.post, pools, steps, inject=inject, residual=residual, readout=readout
         )
-        self._plan, self._layout = plan.index, plan.layout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_proj = nn.Linear(in_features, pools[0], bias, **factory)
         self.output_proj = nn.Linear(pools[2], out_features, bias, **factory)
@@ -170,7 +170,7 @@ class BPU(nn.Module):
 
         They are no buffer: what averages all buffers, as `AveragedModel(use_buffers=True)`, rounds whole numbers down.
         """
-        self._index = self._plan.to(self.edge_weight.device)
+        self._placed = self._plan.to(self.edge_weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -214,12 +214,12 @@ class BPU(nn.Module):
     @property
     def step_sizes(self) -> tuple[int, ...]:
         """Numbers of neurons that are computed at each step, first to last."""
-        return tuple(state_sizes(self._layout))
+        return tuple(state_sizes(self._plan.layout))
 
     @property
     def step_edges(self) -> tuple[int, ...]:
         """Numbers of edges that are used between each step and the next."""
-        return tuple(link_sizes(self._layout))
+        return tuple(link_sizes(self._plan.layout))
 
     def dense_weight(self) -> Tensor:
         """W (N, N), rows presynaptic, in the layer's dtype."""
@@ -232,10 +232,16 @@ class BPU(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {tuple(x.shape)}: must be (*, in_features) with {self.in_features}")
         check_dtype(x, self.input_proj.weight)
-        drive = F.dropout(self.input_proj(x), self.dropout, self.training)
-        read = bpu_recurrence(drive, self.edge_weight, RecurrencePlan(self._index, self._layout), backend=self.backend)
+        read = bpu_recurrence(self._drop(self.input_proj(x)), self.edge_weight, self._placed, backend=self.backend)
         y: Tensor = self.output_proj(read)
         return y
+
+    def _drop(self, drive: Tensor) -> Tensor:
+        """`F.dropout`, whose Bernoulli numbers take a CPU three times as long as these, a tenth of a training step."""
+        if drive.device.type != "cpu" or not self.training or not self.dropout:
+            return F.dropout(drive, self.dropout, self.training)
+        uniform = torch.rand_like(drive, dtype=compute_dtype(drive))
+        return drive * uniform.sub_(self.dropout).ceil_().div_(1 - self.dropout).to(drive.dtype)
 
     def summary(self) -> dict[str, Any]:
         """What a record should say of the wiring and of what of it acts; plain numbers and texts."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from archzoo.kernels._bpu_plan import RecurrencePlan, link_sizes, plan_recurrence, state_sizes
+from archzoo.kernels._bpu_plan import RecurrencePlan, held_sizes, link_sizes, plan_recurrence, state_sizes
 from archzoo.kernels.bpu_recurrence import (
     bpu_recurrence,
     bpu_recurrence_backward_op,
@@ -156,7 +156,7 @@ def test_ops_are_registered_as_torch_wants_it(keep, dense):
 def test_what_is_kept_is_a_byte_a_neuron_and_sample_or_the_states():
     weight, pre, post = wiring(dtype=torch.float32)
     plan = plan_recurrence(pre, post, POOLS, 5)
-    cells = 6 * sum(state_sizes(plan.layout))
+    cells = 6 * sum(held_sizes(plan.layout))
     for learns, size in ((False, 1), (True, 4)):
         leaf = weight.clone().requires_grad_(learns)
         held = []

@@ -194,7 +194,7 @@ def test_dropout_is_on_the_drive_before_the_relu_and_in_training_only(wiring):
     torch.manual_seed(1)
     found = layer.train()(inputs)
     torch.manual_seed(1)
-    drive = F.dropout(layer.input_proj(inputs), 0.5)
+    drive = layer._drop(layer.input_proj(inputs))
     plain = build(wiring, dtype=torch.float64)
     plain.input_proj = nn.Identity()
     plain.in_features = 5
