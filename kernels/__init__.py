@@ -7,5 +7,6 @@ if __name__ != "archzoo.kernels":
     )
 
 from archzoo.kernels._backend import use_backend
+from archzoo.kernels._block_sizes import tune
 
-__all__ = ["use_backend"]
+__all__ = ["tune", "use_backend"]

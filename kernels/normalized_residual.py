@@ -13,7 +13,8 @@ gives zeros, and gets no gradient. Arithmetic is in float32 at least. On a CPU r
 L2: N 8192, D 512, float32, one thread, takes 16 + 34 ms, and the definition under autograd 27 + 65.
 FLOPs: 12 N D forward, 25 N D backward.
 
-Under `torch.func` transforms, and for gradients of gradients, plain differentiable torch takes the op's place.
+Under `torch.func` transforms, and for gradients of gradients, plain differentiable torch takes the op's place; inside
+`use_backend("triton")` they raise.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
     compute_dtype,
     differentiable_gradients,
@@ -84,8 +86,12 @@ def _invert_norm(x: Tensor, out: Tensor) -> None:
 
 
 @without_autocast
-def _forward(h: Tensor, branch: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> tuple[Tensor, Tensor]:
     """y (N, D) in h's dtype, and one over the norms of h, of branch and of what is between them (3, N, 1)."""
+    if triton:
+        from archzoo.kernels import _normalized_residual_triton
+
+        return _normalized_residual_triton.forward(h, branch, alpha)
     wide = compute_dtype(h, branch, alpha)
     y = torch.empty_like(h, memory_format=torch.contiguous_format)
     inverse = torch.empty(3, h.shape[0], 1, dtype=wide, device=h.device)
@@ -112,8 +118,14 @@ def _backward(
     need_h: bool,
     need_branch: bool,
     need_alpha: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, branch and alpha. What is not needed is not computed, and comes back with no elements."""
+    if triton:
+        from archzoo.kernels import _normalized_residual_triton
+
+        needed = need_h, need_branch, need_alpha
+        return _normalized_residual_triton.backward(dy, h, branch, alpha, inverse, *needed)
     wide = compute_dtype(h, branch, alpha)
     dh, dbranch = _like(h, need_h), _like(branch, need_branch)
     dalpha = torch.zeros(alpha.shape if need_alpha else (0,), dtype=wide, device=alpha.device)
@@ -151,7 +163,7 @@ normalized_residual_backward_op = torch.library.custom_op(
 
 
 @normalized_residual_op.register_fake
-def _(h: Tensor, branch: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def _(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> tuple[Tensor, Tensor]:
     wide = compute_dtype(h, branch, alpha)
     return h.new_empty(h.shape), h.new_empty(3, h.shape[0], 1, dtype=wide)
 
@@ -166,23 +178,26 @@ def _(
     need_h: bool,
     need_branch: bool,
     need_alpha: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(h, need_h), _like(branch, need_branch), _like(alpha, need_alpha)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.triton = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, dy: Tensor, dinverse: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, inverse = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():  # create_graph=True
-        return tuple(differentiable_gradients(_definition, dy, inputs, needed))
+        refuse_triton("normalized_residual", "a gradient of a gradient")
+        return *differentiable_gradients(_definition, dy, inputs, needed), None
     backward: Callable[..., Any] = _backward if plain_eager(dy) else normalized_residual_backward_op
-    found = backward(dy, *inputs, inverse, *needed)
-    return tuple(g if need else None for g, need in zip(found, needed, strict=True))
+    found = backward(dy, *inputs, inverse, *needed, ctx.triton)
+    return *(g if need else None for g, need in zip(found, needed, strict=True)), None
 
 
 normalized_residual_op.register_autograd(_gradients, setup_context=_setup)
@@ -192,7 +207,7 @@ class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs more than a small batch's arithmetic."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*inputs)
         _setup(ctx, inputs, output)
         return output
@@ -235,7 +250,8 @@ def normalized_residual(h: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
         y (*, D) of unit norm, in the dtype of h, also under autocast. A gradient has its input's dtype.
 
     Raises:
-        ValueError: If the shapes do not fit, or a tensor is not floating point.
+        ValueError: If the shapes do not fit, or a tensor is not floating point; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     features = h.shape[-1] if h.dim() else 0
     if h.dim() == 0 or branch.shape != h.shape or alpha.shape != (features,):
@@ -247,7 +263,9 @@ def normalized_residual(h: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             raise ValueError(f"{name} of {tensor.dtype}: must be real floating point")
     if under_transform():
+        refuse_triton("normalized_residual", "a torch.func transform")
         return _definition(h, branch, alpha)
+    triton = takes_triton("normalized_residual", h=h, branch=branch, alpha=alpha)
     rows = h.reshape(-1, features), branch.reshape(-1, features)
-    y, _ = (_Eager.apply if plain_eager(h) else normalized_residual_op)(*rows, alpha)
+    y, _ = (_Eager.apply if plain_eager(h) else normalized_residual_op)(*rows, alpha, triton)
     return y.view(h.shape)

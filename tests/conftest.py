@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter then. Before archzoo is imported, which decides by it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # so that `pytest -n` does not oversubscribe the cores, and that sums have one order
