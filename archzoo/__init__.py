@@ -13,20 +13,25 @@ from typing import TYPE_CHECKING, Any
 from archzoo._version import __version__
 
 if TYPE_CHECKING:
-    from archzoo import budget, kernels, layers, registry
+    from archzoo import budget, kernels, layers, registry, surgery
     from archzoo.registry import Card, card, create_layer, list_layers, register_layer
+    from archzoo.surgery import SwapReport, swap, unswap
 
 _HOMES = {
     "Card": "registry",
+    "SwapReport": "surgery",
     "card": "registry",
     "create_layer": "registry",
     "list_layers": "registry",
     "register_layer": "registry",
+    "swap": "surgery",
+    "unswap": "surgery",
 }
-_MODULES = ("budget", "kernels", "layers", "registry")
+_MODULES = ("budget", "kernels", "layers", "registry", "surgery")
 
 __all__ = [
     "Card",
+    "SwapReport",
     "__version__",
     "budget",
     "card",
@@ -36,6 +41,9 @@ __all__ = [
     "list_layers",
     "register_layer",
     "registry",
+    "surgery",
+    "swap",
+    "unswap",
 ]
 
 

@@ -67,11 +67,18 @@ def count_flops(model: Callable[..., Any], *inputs: Tensor) -> int:
     A multiplication, an addition and a call of exp, tanh, … count one each, so that a matrix product (m, k) x (k, n) is
     2·m·k·n. Our own ops count by their registered formulas.
     """
+    with torch.no_grad(), counted_flops() as counted:
+        model(*inputs)
+        return counted()
+
+
+@contextmanager
+def counted_flops() -> Iterator[Callable[[], int]]:
+    """Counts floating-point operations, as `count_flops` does; what it yields says how many there were so far."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_elementwise_formulas()) as counter:
-        model(*inputs)
-    return int(counter.get_total_flops())
+    with FlopCounterMode(display=False, custom_mapping=_elementwise_formulas()) as counter:
+        yield lambda: int(counter.get_total_flops())
 
 
 @contextmanager

@@ -35,6 +35,31 @@ class Start(NamedTuple, Generic[Layer]):
     error: float
 
 
+def original_arguments(cls: type[nn.Module], original: nn.Module) -> dict[str, Any]:
+    """What an `nn.Linear` or an `nn.Conv2d` decides of a layer of a class that takes its place: all but its options.
+
+    Raises:
+        TypeError: If the original is neither.
+        ValueError: If the original is lazy, without sizes yet, or pads otherwise than the class can.
+    """
+    sizes = (
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        if isinstance(original, nn.Conv2d)
+        else ("in_features", "out_features")
+    )
+    if not isinstance(original, nn.Linear | nn.Conv2d):
+        raise TypeError(f"{type(original).__name__} is neither an nn.Linear nor an nn.Conv2d")
+    if isinstance(original.weight, UninitializedParameter):
+        raise ValueError(f"{type(original).__name__} has no sizes yet: give it an input first")
+    arguments = {name: getattr(original, name) for name in sizes}
+    arguments |= {"bias": original.bias is not None, "device": original.weight.device, "dtype": original.weight.dtype}
+    if isinstance(original, nn.Conv2d) and original.padding_mode != "zeros":
+        if "padding_mode" not in inspect.signature(cls).parameters:
+            raise ValueError(f"padding_mode={original.padding_mode!r}: {cls.__name__} pads with zeros only")
+        arguments["padding_mode"] = original.padding_mode
+    return arguments
+
+
 def fresh(cls: type[Layer], original: nn.Module, **options: Any) -> Layer:
     """A layer of a class, freshly initialised, in the shape of an `nn.Linear` or of an `nn.Conv2d`.
 
@@ -48,27 +73,14 @@ def fresh(cls: type[Layer], original: nn.Module, **options: Any) -> Layer:
         ValueError: If the original is lazy, without sizes yet, or on the meta device; if it pads otherwise than the
             class can; if an option is one that the original decides.
     """
-    sizes = (
-        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        if isinstance(original, nn.Conv2d)
-        else ("in_features", "out_features")
-    )
-    if not isinstance(original, nn.Linear | nn.Conv2d):
-        raise TypeError(f"{type(original).__name__} is neither an nn.Linear nor an nn.Conv2d")
-    if isinstance(original.weight, UninitializedParameter):
-        raise ValueError(f"{type(original).__name__} has no sizes yet: give it an input first")
-    if original.weight.is_meta:
+    arguments = original_arguments(cls, original)
+    if arguments["device"].type == "meta":
         raise ValueError("device='meta': the original holds no numbers to start from; load its weights first")
-    for key in options.keys() & {*sizes, "bias", "device", "dtype"}:
+    for key in options.keys() & (arguments.keys() - {"padding_mode"}):
         raise ValueError(f"{key}={options[key]!r}: this is taken from the original layer; leave it out")
-    arguments = {name: getattr(original, name) for name in sizes}
-    arguments |= {"bias": original.bias is not None, "device": original.weight.device, "dtype": original.weight.dtype}
-    if isinstance(original, nn.Conv2d) and original.padding_mode != "zeros":
-        if "padding_mode" not in inspect.signature(cls).parameters:
-            raise ValueError(f"padding_mode={original.padding_mode!r}: {cls.__name__} pads with zeros only")
-        options.setdefault("padding_mode", original.padding_mode)
-    check_arguments(cls.__name__, cls, kwargs={**arguments, **options})
-    return cls(**arguments, **options).train(original.training)
+    arguments |= options
+    check_arguments(cls.__name__, cls, kwargs=arguments)
+    return cls(**arguments).train(original.training)
 
 
 def check_original(original: Any, usual: type[nn.Module]) -> None:
