@@ -133,7 +133,8 @@ def first_of_each(sweep):
     return [f"{key}={top_level.split(str(values))[0]}" for key, values in sweep.items() if key not in ("layer", "seed")]
 
 
-# Those of several sizes, or of large networks. The rest of the suite has their tasks, models and layers.
+# Those that take more than some seconds; GPU has those of the papers' sizes. The rest of the suite has their tasks,
+# models and layers.
 LARGER = [name for name in options("experiment") if name.endswith(("_paper", "_large"))]
 GPU = {name: ["seed=0", "trainer.batch_size=1"] for name in LARGER}
 GPU["induction_heads_paper"].append("task.test_lengths=[64]")
@@ -154,6 +155,15 @@ LARGE = {
     "capsules_mnist",
     "bpu_mnist",
     "chess_bpu",
+    "mamba_vs_attention",
+    "ngpt_vs_gpt",
+    "induction_heads",
+    "fashion_mnist",
+    "mnist_arithmetic",
+    "kan_pde",
+    "super_resolution",
+    "phm_text",
+    "selectable_kan_functions",
 }
 
 
@@ -163,8 +173,8 @@ def marks(name):
     return [pytest.mark.slow] if name in LARGE else []
 
 
-@pytest.mark.parametrize("name", GPU)
-def test_every_experiment_for_a_gpu_composes(name, capsys):
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_every_large_experiment_composes(name, capsys):
     trains(f"experiment={name}", "--cfg", "job")
     assert f"name: {name}" in capsys.readouterr().out
 

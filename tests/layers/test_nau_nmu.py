@@ -317,6 +317,7 @@ def test_one_nmu_learns_a_product_and_is_exact_once_rounded():
     assert torch.equal(model(x), x.prod(-1, keepdim=True))
 
 
+@pytest.mark.slow
 def test_two_naus_learn_a_difference_of_sums():
     """Sub of the arithmetic task: 100 inputs, subsets of 25 that overlap by 12; judged as published, at 7e3 steps."""
     offset = int(torch.randint(63, ()))

@@ -52,6 +52,7 @@ def test_jacobian_is_that_of_autograd(options):
     assert left <= {"blocks.0.edges.spline_scaler", "blocks.1.edges.spline_scaler"}, "which go with the splines"
 
 
+@pytest.mark.slow
 def test_on_products_forty_steps_do_better_than_two_hundred_of_lbfgs_in_the_median():
     x = samples(300)
     y = product(x)

@@ -21,6 +21,7 @@ def rmse(model, x, y):
     return float((model(x) - y).square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_a_product_is_recovered_where_auto_symbolic_finds_other_functions_pykan_89():
     x = samples()
     y = x[:, :1] * x[:, 1:]
@@ -54,6 +55,7 @@ def test_noise_is_not_fitted_by_a_more_complicated_formula():
     assert rmse(model, x, y) < 0.002
 
 
+@pytest.mark.slow
 def test_it_is_a_function_of_the_seed():
     x = samples()
     y = x[:, :1] / (2 + x[:, 1:])

@@ -48,6 +48,7 @@ def test_registry_holds_the_tasks_and_config_group_the_same():
         "associative_recall",
         "autoencoding",
         "char_lm",
+        "chess_moves",
         "cifar10",
         "digits",
         "fashion_mnist",

@@ -191,6 +191,7 @@ def test_a_failing_run_is_told_by_the_exit_code_and_the_table(tmp_path, capsys, 
     assert "deliberately broken" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(tmp_path):
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = [*TRAIN, "layer=linear,aptx", "seed=0,1", f"output_dir={tmp_path}/two", *FAST, *parallel]
@@ -224,6 +225,7 @@ def test_a_layer_of_the_users_own_is_swept_like_any_other(tmp_path):
     assert records(tmp_path / "out")["my_own-seed0"]["config"]["layer"] == {"name": "my_own", "bias": True, "gain": 2.0}
 
 
+@pytest.mark.slow
 def test_a_signal_stops_runs_side_by_side_too(tmp_path):
     settings = ["seed=0,1,2", "trainer.steps=20000", "trainer.epochs=null", "tracker=none", f"output_dir={tmp_path}"]
     command = [*TRAIN, *settings, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -242,7 +244,7 @@ def test_a_signal_stops_runs_side_by_side_too(tmp_path):
     assert "the same command goes on" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     settings = ["seed=0,1", "trainer.steps=4000", "trainer.epochs=null", "tracker=none"]
     command = [*TRAIN, *settings, f"output_dir={tmp_path}"]

@@ -25,6 +25,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_at_five_random_moments_ends_with_the_same_bits(tmp_path, undisturbed):
     rng = random.Random(20240430)
     first_run = None
