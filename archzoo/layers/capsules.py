@@ -72,7 +72,9 @@ def dynamic_routing(
         r"c_{ij} = \mathrm{softmax}_j \sum_{\text{earlier rounds}} v_j^\top W_{ij} u_i",
         headline="MNIST test error 0.25 % with 3 rounds and reconstruction (0.29 % with 1 round, CNN 0.39 %); "
         "MultiMNIST 5.2 % (CNN 8.1 %)",
-        reproduced="parameter counts 8,215,728 (MNIST) and 11,361,968 (36 x 36 pixels); no full training yet",
+        reproduced="parameter counts 8,215,728 (MNIST) and 11,361,968 (36 x 36 pixels). A quarter of the channels, 2 "
+        "epochs of MNIST, 2 seeds (experiment capsules_mnist): three rounds 98.9 %, one round 98.5, class capsules by "
+        "a linear map 98.9. The paper's full training was not run",
     ),
 )
 class DynamicRouting(nn.Module):

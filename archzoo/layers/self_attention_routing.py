@@ -44,7 +44,8 @@ def squash_exp(s: Tensor, dim: int = -1) -> Tensor:
         r"c_{ij} = \mathrm{softmax}_j \frac{\hat u_{ij}^\top \sum_k \hat u_{kj}}{\sqrt{D}}, \quad "
         r"\hat u_{ij} = W_{ij} u_i",
         headline="MNIST 99.74 % (single network, 161,824 parameters), smallNORB 98.2 %, MultiMNIST 95 %",
-        reproduced="the parameter count, 161,824; no full training yet",
+        reproduced="the parameter count, 161,824. In CapsNet of a quarter of the channels, 2 epochs of MNIST, 2 seeds "
+        "(experiment capsules_mnist): 98.8 %, dynamic routing 98.9. The paper's training was not run",
     ),
 )
 class SelfAttentionRouting(nn.Module):
