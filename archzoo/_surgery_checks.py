@@ -68,13 +68,12 @@ def _refusal(
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             return f"{what} is a {type(module).__name__}, which has no sizes yet; give the model an input first"
         if parametrize.is_parametrized(module):
-            tensors = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+            tensors = [name for name, _ in module.get_submodule("parametrizations").named_children()]
             return (
-                f"{what} is parametrized ({tensors}), and no other layer would keep to that; first "
-                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensors.split(', ')[0]!r})"
+                f"{what} is parametrized ({', '.join(tensors)}), and no other layer would keep to that; first "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensors[0]!r})"
             )
-        hooks = [hook for name in _HOOKS[:1] + _HOOKS[2:3] for hook in getattr(module, name).values()]
-        for hook in hooks:
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if type(hook).__module__.startswith("torch.nn.utils."):
                 return f"{what} has the hook {type(hook).__name__}, which makes its weight anew; remove it first"
         if "forward" in vars(module):

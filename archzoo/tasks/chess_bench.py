@@ -34,7 +34,7 @@ STATE_VALUE, ACTION_VALUE, CLONING = "state_value", "action_value", "behavioral_
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
-class Bag(Sequence[bytes]):
+class Bag:
     """Records of a `.bag` file, read where they lie: the file may be larger than the memory. Can be pickled.
 
     Args:
@@ -64,7 +64,7 @@ class Bag(Sequence[bytes]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
+    def __getitem__(self, index: int) -> bytes:
         start, end = self._range(range(self._count)[index])
         return self._data[start:end]
 

@@ -113,7 +113,7 @@ def compiled(job: Job) -> dict[str, Any]:
         source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
         result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         usage = resources(result.asm["cubin"])
-    except Exception as error:
+    except Exception as error:  # whatever the compiler raises goes into this kernel's report; the others go on
         return {**report, "error": f"{type(error).__name__}: {error}"}
     wgmma = "wgmma" in result.asm["ptx"] or "tcgen05.mma" in result.asm["ptx"]
     return {**report, "shared": result.metadata.shared, "tensor_cores": wgmma, **usage}

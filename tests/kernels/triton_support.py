@@ -127,7 +127,10 @@ def check_peak_memory(
 ) -> None:
     """What a forward and backward pass allocates is at most 3 times inputs, output and parameters."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    run = lambda: torch.autograd.grad(function(*leaves), leaves, dy)  # noqa: E731
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, dy)
+
     result = run()  # compiles
     given = sum(t.numel() * t.element_size() for t in (*inputs, dy))
     if DEVICE == "cuda":

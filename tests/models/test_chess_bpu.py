@@ -128,7 +128,10 @@ def test_the_graph_joins_squares_as_a_queen_or_a_knight_moves():
             moves |= set(board.attacks(sender))
         assert {receiver for receiver in range(64) if edge_kind(sender, receiver) is not None} == moves
     e4 = 28
-    kind = lambda receiver: KINDS[edge_kind(e4, receiver)]  # noqa: E731
+
+    def kind(receiver):
+        return KINDS[edge_kind(e4, receiver)]
+
     assert [kind(e4 + 8), kind(e4 - 8), kind(e4 + 1), kind(e4 - 1)] == ["step " + way for way in
             ("forward", "back", "sideways", "sideways")]  # fmt: skip
     assert [kind(e4 + 7), kind(e4 - 9), kind(e4 + 24), kind(e4 - 21)] == [
@@ -181,7 +184,10 @@ def test_the_core_never_learns_and_the_encoder_does():
 
 def test_the_experiments_radius_keeps_the_first_loss_below_a_nat_and_upstreams_does_not():
     target = torch.full((64, 2), 0.5)
-    loss = lambda **options: F.cross_entropy(build(layer_options=options)(positions(64)), target)  # noqa: E731
+
+    def loss(**options):
+        return F.cross_entropy(build(layer_options=options)(positions(64)), target)
+
     assert loss() < 1
     assert loss(spectral_radius=1.893) > 2
 
