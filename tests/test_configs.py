@@ -164,6 +164,12 @@ LARGE = {
     "super_resolution",
     "phm_text",
     "selectable_kan_functions",
+    "functions",
+    "tabular",
+    "arithmetic_function10",
+    "arithmetic_mul",
+    "associative_recall",
+    "selective_copying",
 }
 
 

@@ -234,6 +234,7 @@ def train_in_ddp(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_under_ddp_grids_are_updated_alike_on_every_rank_and_training_goes_on(tmp_path):
     torch.multiprocessing.start_processes(train_in_ddp, (str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (load_file(tmp_path / str(rank)) for rank in range(2))

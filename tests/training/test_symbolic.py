@@ -64,7 +64,9 @@ def test_the_model_that_was_recorded_is_the_formula(done):
     assert str(model.formula(tolerance=1e-4)) == "x0*x1"
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 4])  # before, right at and after the search
+@pytest.mark.parametrize(  # before, right at and after the search
+    "stop_at", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, stop_at):
     c = config()
     task = build_task(c)
