@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = [measure(20, method, options.rounds) for method in ("euler", "rk4")]
-    record = {"benchmark": "linearizer_speed", "environment": environment(), "results": results}
+    command = " ".join(["python -m benchmarks linearizer_speed", *(arguments or [])])
+    record = {"benchmark": "linearizer_speed", "command": command, "environment": environment(), "results": results}
     options.output.write_text(json.dumps(record, indent=1) + "\n")
     for line in results:
         print(json.dumps(line))
