@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from archzoo.kernels._backend import refuse_triton
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,12 +36,12 @@ def without_autocast(implementation: Function) -> Function:
     """Decorator of an op's implementation: inside, dtypes are the op's own choice, also in a region under autocast."""
 
     @functools.wraps(implementation)
-    def run(x: Tensor, *args: Any) -> Any:
-        device = x.device.type
+    def run(*args: Any) -> Any:
+        device = next(t for t in args if isinstance(t, Tensor)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return implementation(x, *args)
-        return implementation(x, *args)
+                return implementation(*args)
+        return implementation(*args)
 
     return run  # type: ignore[return-value]
 
@@ -82,6 +85,125 @@ def differentiable_gradients(
         options = {"create_graph": True, "allow_unused": several, "materialize_grads": several}
         gradients = iter(torch.autograd.grad(ys, wanted, dys, **options))
     return [next(gradients) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raises a ValueError if a tensor, by the name that the caller knows, is not real floating point."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} of {tensor.dtype}: must be real floating point")
+
+
+def empty_if(needed: bool, tensor: Tensor | None, dy: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh, contiguous memory for a tensor's gradient, in its dtype by default; with no elements if not needed.
+
+    `dy`, any tensor beside it, gives device and dtype where there is no tensor.
+    """
+    if tensor is None or not needed:
+        return (dy if tensor is None else tensor).new_empty(0)
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+
+
+class DifferentiableOp:
+    """A custom op whose backward is a custom op as well, for plain torch and Triton alike.
+
+    Calling it calls the op; without the dispatcher where nothing needs to see one. Gradients of gradients go by the
+    definition, in plain torch.
+
+    Args:
+        name: `"rational"` makes `archzoo::rational` and `archzoo::rational_backward`.
+        forward: `(*tensors, *options, triton=False)`, annotated as `torch.library.custom_op` wants it -> the outputs,
+            then what is kept for the backward pass, which has no gradient: a tensor, or a tuple.
+        backward: `(*dys, *tensors, *kept, *options, needed: list[bool], triton=False)` -> `list[Tensor]`, a gradient of
+            each of the tensors, with no elements where it is not needed. `dys` has one gradient for each output; the
+            annotation says whether it may be None, as one of several may.
+        fake: As `forward`, for tensors without data: gives shapes and dtypes.
+        definition: `(*tensors, *options)` -> the outputs, in differentiable torch.
+        tensors: Number of tensors, of which some may be None. Options are all arguments behind them but `triton`.
+        kept: Number of outputs that are kept.
+
+    Attributes:
+        op: `archzoo::<name>`.
+        backward_op: `archzoo::<name>_backward`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., list[Tensor]],
+        *,
+        fake: Callable[..., Any],
+        definition: Callable[..., Any],
+        tensors: int,
+        kept: int = 0,
+    ):
+        self.name, self._kept = name, kept
+        self.op = op = torch.library.custom_op(f"archzoo::{name}", forward, mutates_args=())
+        self.backward_op = backward_op = torch.library.custom_op(f"archzoo::{name}_backward", backward, mutates_args=())
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.options = inputs[tensors:]
+            ctx.set_materialize_grads(False)
+            outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+            hidden = outputs[len(outputs) - kept :]
+            ctx.mark_non_differentiable(*hidden)
+            ctx.save_for_backward(*inputs[:tensors], *hidden)
+
+        def gradients(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved, without = ctx.saved_tensors, (None,) * len(ctx.options)
+            dys, needed = dys[: len(dys) - kept], list(ctx.needs_input_grad[:tensors])
+            dy = next((d for d in dys if d is not None), None)
+            if dy is None:
+                return (None,) * tensors + without
+            *options, triton = ctx.options
+            if torch.is_grad_enabled():  # create_graph=True
+                refuse_triton(name, "a gradient of a gradient")
+
+                def by_tensors(*own: Tensor | None) -> Any:
+                    return definition(*own, *options)
+
+                several = dys if len(dys) > 1 else dy
+                return *differentiable_gradients(by_tensors, several, saved[:tensors], needed), *without
+            run = backward if plain_eager(dy) else backward_op
+            found = run(*dys, *saved, *options, needed, triton)
+            return *(g if need else None for g, need in zip(found, needed, strict=True)), *without
+
+        def fake_backward(*args: Any) -> list[Tensor]:
+            # A graph leaves out arguments that are at their default: `triton` may be missing.
+            dy, own, needed = next(t for t in args if t is not None), args[first : first + tensors], args[last]
+            return [empty_if(need, t, dy) for t, need in zip(own, needed, strict=True)]
+
+        options = len(inspect.signature(forward).parameters) - tensors  # with triton
+        last = len(inspect.signature(backward).parameters) - 2
+        first = last + 1 - options - kept - tensors
+        op.register_fake(fake)
+        backward_op.register_fake(fake_backward)
+        op.register_autograd(gradients, setup_context=setup)
+
+        class Eager(torch.autograd.Function):
+            """The op without the dispatcher."""
+
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = forward(*inputs)
+                setup(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *dys: Any) -> Any:
+                return gradients(ctx, *dys)
+
+        Eager.__name__ = Eager.__qualname__ = name
+        self._eager = Eager
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The outputs, without what is kept; all inputs by position, `triton` among them."""
+        output = self._eager.apply(*inputs) if plain_eager(inputs[0]) else self.op(*inputs)
+        if not self._kept:
+            return output
+        outputs = output[: len(output) - self._kept]
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 _COUNTER = "torch.utils.flop_counter"

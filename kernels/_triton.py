@@ -7,13 +7,12 @@ never imports triton. The kernels are in `kernels/_<op>_triton.py`: `@triton.jit
 file is found by its name, by `tune()` and by the test that compiles all kernels. An example:
 `_normalized_residual_triton.py`.
 
-**Choice.** The public function asks `triton = takes_triton("op", x=x, …)` once, behind `if under_transform():`, in
-which `refuse_triton` comes first. The answer is the last argument, `triton: bool = False`, of the forward and the
-backward custom op and of `_Eager`, whose implementations begin `if triton: from archzoo.kernels import _<op>_triton`.
-So one op has one fake, one FLOP formula and one autograd for both backends, a compiled or exported graph holds the
-choice, and a backward goes where its forward went. In that autograd, `refuse_triton` stands before
-`differentiable_gradients`. A kernel takes every shape, and every dtype of `takes_triton`; what it cannot take is
-refused with a ValueError that says so.
+**Choice.** The op is a `DifferentiableOp` of `_op.py`. The public function asks
+`triton = takes_triton("op", x=x, …)` once, behind `if under_transform():`, in which `refuse_triton` comes first. The
+answer is the last argument, `triton: bool = False`, of the forward and the backward, which begin `if triton: from
+archzoo.kernels import _<op>_triton`. So one op has one fake, one FLOP formula and one autograd for both backends, a
+compiled or exported graph holds the choice, and a backward goes where its forward went. A kernel takes every shape, and
+every dtype of `takes_triton`; what it cannot take is refused with a ValueError that says so.
 
 **A kernel.** Functions that it calls are decorated `@helper`. Offsets of rows by `span`, in int64. A mask for every
 dimension that can overrun. `.to(ACC)` right behind each load; narrowing in the store alone, by

@@ -17,7 +17,7 @@ Under `torch.func` transforms, and for gradients of gradients, plain differentia
 `use_backend("triton")` they raise.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
+    DifferentiableOp,
+    check_floating,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
-    plain_eager,
     under_transform,
     without_autocast,
 )
@@ -115,20 +116,18 @@ def _backward(
     branch: Tensor,
     alpha: Tensor,
     inverse: Tensor,
-    need_h: bool,
-    need_branch: bool,
-    need_alpha: bool,
+    needed: list[bool],
     triton: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Gradients of h, branch and alpha. What is not needed is not computed, and comes back with no elements."""
     if triton:
         from archzoo.kernels import _normalized_residual_triton
 
-        needed = need_h, need_branch, need_alpha
-        return _normalized_residual_triton.backward(dy, h, branch, alpha, inverse, *needed)
+        return list(_normalized_residual_triton.backward(dy, h, branch, alpha, inverse, *needed))
     wide = compute_dtype(h, branch, alpha)
-    dh, dbranch = _like(h, need_h), _like(branch, need_branch)
-    dalpha = torch.zeros(alpha.shape if need_alpha else (0,), dtype=wide, device=alpha.device)
+    need_h, need_branch, need_alpha = needed
+    dh, dbranch = empty_if(need_h, h, dy), empty_if(need_branch, branch, dy)
+    dalpha = empty_if(need_alpha, alpha, dy, wide).zero_()
     narrow, alpha = alpha.dtype, alpha.to(wide)
     for rows in _blocks(h):
         n_a, n_b, n_r = inverse[:, rows].unbind()
@@ -142,7 +141,7 @@ def _backward(
             dh[rows] = _pull_back(dr.sub_(db), a, n_a)
         if need_branch:
             dbranch[rows] = _pull_back(db, b, n_b)
-    return dh, dbranch, dalpha.to(narrow)
+    return [dh, dbranch, dalpha.to(narrow)]
 
 
 def _pull_back(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -152,69 +151,13 @@ def _pull_back(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     return gradient.addcmul(unit, along, value=-1).mul_(inverse)
 
 
-def _like(tensor: Tensor, needed: bool) -> Tensor:
-    return torch.empty(tensor.shape if needed else (0,), dtype=tensor.dtype, device=tensor.device)
+def _fake(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(3, h.shape[0], 1, dtype=compute_dtype(h, branch, alpha))
 
 
-normalized_residual_op = torch.library.custom_op("archzoo::normalized_residual", _forward, mutates_args=())
-normalized_residual_backward_op = torch.library.custom_op(
-    "archzoo::normalized_residual_backward", _backward, mutates_args=()
+normalized_residual_op = DifferentiableOp(
+    "normalized_residual", _forward, _backward, fake=_fake, definition=_definition, tensors=3, kept=1
 )
-
-
-@normalized_residual_op.register_fake
-def _(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> tuple[Tensor, Tensor]:
-    wide = compute_dtype(h, branch, alpha)
-    return h.new_empty(h.shape), h.new_empty(3, h.shape[0], 1, dtype=wide)
-
-
-@normalized_residual_backward_op.register_fake
-def _(
-    dy: Tensor,
-    h: Tensor,
-    branch: Tensor,
-    alpha: Tensor,
-    inverse: Tensor,
-    need_h: bool,
-    need_branch: bool,
-    need_alpha: bool,
-    triton: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(h, need_h), _like(branch, need_branch), _like(alpha, need_alpha)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.triton = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, dy: Tensor, dinverse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, inverse = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # create_graph=True
-        refuse_triton("normalized_residual", "a gradient of a gradient")
-        return *differentiable_gradients(_definition, dy, inputs, needed), None
-    backward: Callable[..., Any] = _backward if plain_eager(dy) else normalized_residual_backward_op
-    found = backward(dy, *inputs, inverse, *needed, ctx.triton)
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None
-
-
-normalized_residual_op.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The op without the dispatcher, which costs more than a small batch's arithmetic."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dinverse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, dinverse)
 
 
 @flop_formula(torch.ops.archzoo.normalized_residual)
@@ -224,17 +167,9 @@ def _flops(h: Any, *args: Any, **kwargs: Any) -> int:
 
 @flop_formula(torch.ops.archzoo.normalized_residual_backward)
 def _backward_flops(
-    dy: Any,
-    h: Any,
-    branch: Any,
-    alpha: Any,
-    inverse: Any,
-    need_h: bool,
-    need_branch: bool,
-    need_alpha: bool,
-    *args: Any,
-    **kwargs: Any,
+    dy: Any, h: Any, branch: Any, alpha: Any, inverse: Any, needed: list[bool], *args: Any, **kwargs: Any
 ) -> int:
+    need_h, need_branch, need_alpha = needed
     return int((12 + 6 * need_h + 5 * need_branch + 2 * need_alpha) * h[0] * h[1])
 
 
@@ -259,13 +194,11 @@ def normalized_residual(h: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
             f"h, branch, alpha of shapes {tuple(h.shape)}, {tuple(branch.shape)}, {tuple(alpha.shape)}: "
             "must be (*, D), the same, and (D,)"
         )
-    for name, tensor in (("h", h), ("branch", branch), ("alpha", alpha)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} of {tensor.dtype}: must be real floating point")
+    check_floating(h=h, branch=branch, alpha=alpha)
     if under_transform():
         refuse_triton("normalized_residual", "a torch.func transform")
         return _definition(h, branch, alpha)
     triton = takes_triton("normalized_residual", h=h, branch=branch, alpha=alpha)
     rows = h.reshape(-1, features), branch.reshape(-1, features)
-    y, _ = (_Eager.apply if plain_eager(h) else normalized_residual_op)(*rows, alpha, triton)
+    y: Tensor = normalized_residual_op(*rows, alpha, triton)
     return y.view(h.shape)

@@ -15,8 +15,7 @@ The op computes in float32 at least and keeps x, a and b for backward; 20 FLOPs 
 Beyond |x| = 3e7, x^5 leaves float32, and F is not finite there.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -26,10 +25,11 @@ from torch import Tensor
 
 from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
+    DifferentiableOp,
+    check_floating,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
-    plain_eager,
     under_transform,
     without_autocast,
 )
@@ -265,90 +265,32 @@ def _forward(x: Tensor, a: Tensor, b: Tensor, denominator: str, triton: bool = F
 @without_autocast
 @torch.no_grad()
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    denominator: str,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    triton: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, denominator: str, needed: list[bool], triton: bool = False
+) -> list[Tensor]:
     """Gradients of x, a and b; what is not needed comes back with no elements."""
-    dx: Tensor | None
     if triton:
         from archzoo.kernels import _rational_triton
 
-        inputs = _grouped(dy, len(b)), _grouped(x, len(b)), a, b
-        dx, da, db, _ = _rational_triton.backward(*inputs, denominator == "abs_terms", need_x, need_a or need_b)
+        inputs, abs_terms = (_grouped(dy, len(b)), _grouped(x, len(b)), a, b), denominator == "abs_terms"
+        found = _rational_triton.backward(*inputs, abs_terms, needed[0], needed[1] or needed[2])
     else:
         wide = compute_dtype(x, a, b)
         columns, above = (t.to(wide).contiguous().unsqueeze(-1) for t in (x, dy))
-        _, dx, da, db = Rational(len(b), denominator).pullback(columns, above.unsqueeze(-2), a, b)
-    found = zip((dx, da, db), (x, a, b), (need_x, need_a, need_b), strict=True)
-    dx, da, db = (_like(t, False) if g is None or not need else g.reshape(t.shape).to(t.dtype) for g, t, need in found)
-    return dx, da, db
+        _, *found = Rational(len(b), denominator).pullback(columns, above.unsqueeze(-2), a, b)
+    of_each = zip(found, (x, a, b), needed, strict=False)
+    return [g.reshape(t.shape).to(t.dtype) if need else empty_if(False, t, dy) for g, t, need in of_each]
 
 
-def _like(tensor: Tensor, needed: bool) -> Tensor:
-    return torch.empty(tensor.shape if needed else (0,), dtype=tensor.dtype, device=tensor.device)
+def _fake(x: Tensor, a: Tensor, b: Tensor, denominator: str, triton: bool = False) -> Tensor:
+    return empty_if(True, x, x)
 
 
-rational_op = torch.library.custom_op("archzoo::rational", _forward, mutates_args=())
-rational_backward_op = torch.library.custom_op("archzoo::rational_backward", _backward, mutates_args=())
+def _definition(x: Tensor, a: Tensor, b: Tensor, denominator: str) -> Tensor:
+    wide = compute_dtype(x, a, b)
+    return rational_reference(x.to(wide), a.to(wide), b.to(wide), denominator).to(x.dtype)
 
 
-@rational_op.register_fake
-def _(x: Tensor, a: Tensor, b: Tensor, denominator: str, triton: bool = False) -> Tensor:
-    return _like(x, True)
-
-
-@rational_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    denominator: str,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    triton: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x, need_x), _like(a, need_a), _like(b, need_b)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.denominator, ctx.triton = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # create_graph=True
-        refuse_triton("rational", "a gradient of a gradient")
-        definition = functools.partial(_definition, denominator=ctx.denominator)
-        return *differentiable_gradients(definition, dy, inputs, needed), None, None
-    backward: Callable[..., Any] = _backward if plain_eager(dy) else rational_backward_op
-    found = backward(dy, *inputs, ctx.denominator, *needed, ctx.triton)
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
-
-
-rational_op.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The op without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup(ctx, inputs, inputs[0])
-        return _forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+rational_op = DifferentiableOp("rational", _forward, _backward, fake=_fake, definition=_definition, tensors=3)
 
 
 @flop_formula(torch.ops.archzoo.rational)
@@ -358,23 +300,9 @@ def _flops(x: Any, *args: Any, **kwargs: Any) -> int:
 
 @flop_formula(torch.ops.archzoo.rational_backward)
 def _backward_flops(
-    dy: Any,
-    x: Any,
-    a: Any,
-    b: Any,
-    denominator: str,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    *args: Any,
-    **kwargs: Any,
+    dy: Any, x: Any, a: Any, b: Any, denominator: str, needed: list[bool], *args: Any, **kwargs: Any
 ) -> int:
-    return int((40 + 20 * (need_a or need_b)) * x[0] * x[1])
-
-
-def _definition(x: Tensor, a: Tensor, b: Tensor, denominator: str) -> Tensor:
-    wide = compute_dtype(x, a, b)
-    return rational_reference(x.to(wide), a.to(wide), b.to(wide), denominator).to(x.dtype)
+    return int((40 + 20 * (needed[1] or needed[2])) * x[0] * x[1])
 
 
 def rational(x: Tensor, a: Tensor, b: Tensor, denominator: str = "abs_terms") -> Tensor:
@@ -401,9 +329,7 @@ def rational(x: Tensor, a: Tensor, b: Tensor, denominator: str = "abs_terms") ->
             f"x, a, b of shapes {tuple(x.shape)}, {tuple(a.shape)}, {tuple(b.shape)}: must be (*, I), "
             "(groups or 1, 6) and (groups, 4), where groups divides I"
         )
-    for name, tensor in (("x", x), ("a", a), ("b", b)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} of {tensor.dtype}: must be real floating point")
+    check_floating(x=x, a=a, b=b)
     if denominator not in DENOMINATORS:
         raise ValueError(f"denominator={denominator!r}: must be one of {', '.join(map(repr, DENOMINATORS))}")
     if under_transform():
@@ -411,5 +337,5 @@ def rational(x: Tensor, a: Tensor, b: Tensor, denominator: str = "abs_terms") ->
         return _definition(x, a, b, denominator)
     triton = takes_triton("rational", x=x, a=a, b=b)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
-    y: Tensor = (_Eager.apply if plain_eager(x) else rational_op)(rows, a, b, denominator, triton)
+    y: Tensor = rational_op(rows, a, b, denominator, triton)
     return y.view(x.shape)

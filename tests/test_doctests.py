@@ -8,6 +8,7 @@ import pytest
 
 import archzoo
 import archzoo.kernels
+from archzoo import _surgery_adapters, registry
 
 MODULES = sorted(
     {"archzoo", "archzoo.kernels"}
@@ -21,7 +22,16 @@ def examples(name):
     return [test for test in finder.find(importlib.import_module(name)) if test.examples]
 
 
+@pytest.fixture
+def registered_for_a_while(monkeypatch):
+    """What an example registers, other tests do not see."""
+    registry.import_layers()
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(_surgery_adapters, "_adapters", list(_surgery_adapters._adapters))
+
+
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("registered_for_a_while")
 def test_examples_run(name):
     failed = []
     for test in examples(name):

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import normalized_residual as module
 from archzoo.kernels.normalized_residual import (
     normalized_residual,
-    normalized_residual_backward_op,
     normalized_residual_op,
     normalized_residual_reference,
     unit,
@@ -221,10 +220,10 @@ def test_nan_stays_in_its_row():
 @pytest.mark.parametrize("shape", [(0, 3), (5, 4), (70, 33)], ids=str)
 def test_opcheck(shape):
     inputs, dy = problem(*shape, dtype=torch.float32)
-    opcheck(normalized_residual_op, tuple(t.clone().requires_grad_() for t in inputs))
-    inverse = normalized_residual_op(*inputs)[1]
-    opcheck(normalized_residual_backward_op, (dy, *inputs, inverse, True, True, True))
-    opcheck(normalized_residual_backward_op, (dy, *inputs, inverse, False, True, False))
+    opcheck(normalized_residual_op.op, tuple(t.clone().requires_grad_() for t in inputs))
+    inverse = normalized_residual_op.op(*inputs)[1]
+    opcheck(normalized_residual_op.backward_op, (dy, *inputs, inverse, [True] * 3))
+    opcheck(normalized_residual_op.backward_op, (dy, *inputs, inverse, [False, True, False]))
 
 
 @pytest.mark.usefixtures("path")

@@ -7,7 +7,6 @@ from torch.library import opcheck
 from archzoo.kernels import use_backend
 from archzoo.kernels.normalized_residual import (
     normalized_residual,
-    normalized_residual_backward_op,
     normalized_residual_op,
     normalized_residual_reference,
     unit,
@@ -161,10 +160,10 @@ def test_two_runs_agree_bit_for_bit():
 @pytest.mark.usefixtures("triton")
 def test_opcheck(shape):
     inputs, dy = problem(*shape, dtype=torch.float32)
-    opcheck(normalized_residual_op, (*(t.clone().requires_grad_() for t in inputs), True))
-    inverse = normalized_residual_op(*inputs, True)[1]
-    opcheck(normalized_residual_backward_op, (dy, *inputs, inverse, True, True, True, True))
-    opcheck(normalized_residual_backward_op, (dy, *inputs, inverse, False, True, False, True))
+    opcheck(normalized_residual_op.op, (*(t.clone().requires_grad_() for t in inputs), True))
+    inverse = normalized_residual_op.op(*inputs, True)[1]
+    opcheck(normalized_residual_op.backward_op, (dy, *inputs, inverse, [True] * 3, True))
+    opcheck(normalized_residual_op.backward_op, (dy, *inputs, inverse, [False, True, False], True))
 
 
 @pytest.mark.usefixtures("triton")

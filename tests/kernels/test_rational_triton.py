@@ -10,7 +10,6 @@ from archzoo.kernels.rational import (
     DENOMINATORS,
     Rational,
     rational,
-    rational_backward_op,
     rational_op,
     rational_reference,
 )
@@ -179,9 +178,9 @@ def test_two_runs_agree_bit_for_bit():
 def test_opcheck(backend, rows):
     inputs, dy = problem(rows, 4, groups=2, dtype=torch.float32)
     triton = backend == "triton"
-    opcheck(rational_op, (*(t.clone().requires_grad_() for t in inputs), "abs_terms", triton))
-    opcheck(rational_backward_op, (dy, *inputs, "abs_sum", True, True, True, triton))
-    opcheck(rational_backward_op, (dy, *inputs, "abs_terms", True, False, False, triton))
+    opcheck(rational_op.op, (*(t.clone().requires_grad_() for t in inputs), "abs_terms", triton))
+    opcheck(rational_op.backward_op, (dy, *inputs, "abs_sum", [True] * 3, triton))
+    opcheck(rational_op.backward_op, (dy, *inputs, "abs_terms", [True, False, False], triton))
 
 
 def test_compile_and_export(backend):
