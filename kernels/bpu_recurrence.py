@@ -3,8 +3,13 @@ r"""The recurrence of a connectome, $h_{t+1} = \mathrm{relu}(h_t W + [E_t, 0, 0]
 W is sparse and made of E weights; what is computed at each step is `archzoo.kernels._bpu_plan`'s to say. States are
 held as (neurons, batch), so that a neuron's row is contiguous, and each step is a sparse matrix of the edges between
 two sets of neurons times the state. Kept for the backward pass is one byte a neuron and sample, for whether it is above
-0; with a gradient of the weights, the states. Arithmetic is float32 at least. 2 B FLOPs an edge and step forward, the
-same backward, and as many again for the weights. There is no Triton kernel yet: a GPU takes dense blocks.
+0; the states with a gradient of the weights, and on a CPU while they are few. Arithmetic is float32 at least. 2 B FLOPs
+an edge and step forward, the same backward, and as many again for the weights.
+
+On a GPU a small batch takes a Triton kernel a step along the edges, of which ReLU and drive are a part; a large one, of
+which the gathers would take longer than the products by zeros, takes dense blocks of W, plain products of matrices.
+Under `torch.func` transforms, and for gradients of gradients, plain torch takes the op's place; inside
+`use_backend("triton")` they raise.
 """
 
 import functools
@@ -15,7 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._bpu_plan import Link, RecurrencePlan, Unpacked, held_sizes, link_sizes, plan_recurrence
+from archzoo.kernels._backend import refuse_triton, takes_triton
+from archzoo.kernels._bpu_plan import (
+    Link,
+    RecurrencePlan,
+    Unpacked,
+    held_sizes,
+    link_sizes,
+    plan_recurrence,
+    rows_of,
+)
 from archzoo.kernels._op import (
     compute_dtype,
     differentiable_gradients,
@@ -28,8 +42,13 @@ from archzoo.kernels._op import (
 __all__ = ["BACKENDS", "RecurrencePlan", "bpu_recurrence", "bpu_recurrence_reference", "plan_recurrence"]
 
 BACKENDS = ("auto", "sparse", "dense")
-_DENSE_NEURONS = 4096  # up to so many neurons a step, a GPU multiplies dense blocks as fast as it gathers rows
+_DENSE_NEURONS = 4096  # up to so many neurons a step, dense blocks fit a GPU well
+_DENSE_BATCH = 64  # above it a GPU multiplies them faster than it gathers rows; by rooflines, not measured
+_FORMS = ("sparse", "dense", "triton")
+"""How a step is computed: sums of rows by torch, products of dense blocks, or the Triton kernel."""
+
 _CHUNK = 2**18  # elements of a block of edges x samples, for the gradient of the weights
+_FEW_STATES = 2**20  # up to so many a CPU keeps them rather than their signs, which it reads slowly; 4 MiB
 _NOTHING, _SIGNS, _STATES = range(3)  # what is kept for the backward pass
 
 
@@ -79,12 +98,6 @@ def bpu_recurrence_reference(
     return read.to(drive.dtype)
 
 
-def _rows(pointers: Tensor, edges: int) -> Tensor:
-    """The row of every entry of a CSR matrix."""
-    counts = pointers.diff()
-    return torch.arange(len(counts), device=pointers.device).repeat_interleave(counts, output_size=edges)
-
-
 def _sums(rows: Tensor, columns: Tensor, weights: Tensor, x: Tensor) -> Tensor:
     """A CSR matrix times x, as sums of weighted rows: torch's sparse matrices take half as long again on a CPU."""
     if not columns.numel() or not x.numel():
@@ -94,7 +107,7 @@ def _sums(rows: Tensor, columns: Tensor, weights: Tensor, x: Tensor) -> Tensor:
 
 def _places(link: Link) -> Tensor:
     """Of a link's edges in the dense matrix (targets, sources), flattened."""
-    return _rows(link.target_rows, link.edges) * link.sources + link.target_columns
+    return rows_of(link.target_rows, link.edges) * link.sources + link.target_columns
 
 
 def _block(link: Link, weights: Tensor) -> Tensor:
@@ -103,12 +116,21 @@ def _block(link: Link, weights: Tensor) -> Tensor:
     return block.index_put_((_places(link),), weights).view(link.targets, link.sources)
 
 
-def _weight_gradient(link: Link, h: Tensor, g: Tensor, dense: bool) -> Tensor:
+def _kernels() -> Any:
+    """The Triton kernels, imported late as they import triton."""
+    from archzoo.kernels import _bpu_recurrence_triton
+
+    return _bpu_recurrence_triton
+
+
+def _weight_gradient(link: Link, h: Tensor, g: Tensor, form: str) -> Tensor:
     """sum_b h[pre_e, b] g[post_e, b] of each edge e, for h (sources, B) and g (targets, B)."""
-    if dense:
+    if form == "triton":
+        return _kernels().weight_gradient(link, h, g)
+    if form == "dense":
         return (g @ h.t()).flatten()[_places(link)]
     found = g.new_empty(link.edges)
-    rows, size = _rows(link.target_rows, link.edges), max(1, _CHUNK // max(1, h.shape[1]))
+    rows, size = rows_of(link.target_rows, link.edges), max(1, _CHUNK // max(1, h.shape[1]))
     for start in range(0, link.edges, size):
         part = slice(start, start + size)
         torch.sum(h[link.target_columns[part]].mul_(g[rows[part]]), 1, out=found[part])
@@ -116,20 +138,31 @@ def _weight_gradient(link: Link, h: Tensor, g: Tensor, dense: bool) -> Tensor:
 
 
 @without_autocast
-def _forward(drive: Tensor, weight: Tensor, plan: Unpacked, keep: int, dense: bool) -> tuple[Tensor, Tensor]:
-    """y (B, O) in the drive's dtype, and what the backward pass needs: states, or whether they are above 0."""
+def _forward(
+    drive: Tensor, weight: Tensor, plan: Unpacked, keep: int, form: str, weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """y (B, O) in the drive's dtype, and of each step what the backward pass needs: states, or if they are above 0.
+
+    `weights` are those of the links, by target, where somebody has them in the widest dtype.
+    """
     wide = compute_dtype(drive, weight)
     entering = drive.t().to(wide).contiguous()
-    weights = weight.to(wide).index_select(0, plan.target_edges).split(plan.link_edges)
-    saved = _kept(drive, weight, plan.neurons, keep)
-    kept = saved.split(plan.neurons) if keep != _NOTHING else ()
+    if weights is None:
+        weights = weight.to(wide).index_select(0, plan.target_edges).split(plan.link_edges)
+    kept = list[Tensor]()
     h = y = entering[:0]
     for t, state in enumerate(plan.states):
+        signs = None
         if t == 0:
             h = torch.relu(entering[: state.driven])  # not in place: it may be the caller's memory
+        elif form == "triton":
+            added = entering if state.driven else None
+            h, signs = _kernels().forward_step(
+                plan.links[t - 1], weights[t - 1], h, added, plan.residual, keep == _SIGNS
+            )
         else:
             link, before = plan.links[t - 1], h
-            if dense:
+            if form == "dense":
                 h = _block(link, weights[t - 1]) @ before
             else:
                 h = _sums(link.target_rows, link.target_columns, weights[t - 1], before)
@@ -138,43 +171,55 @@ def _forward(drive: Tensor, weight: Tensor, plan: Unpacked, keep: int, dense: bo
             if state.driven:
                 h[: state.driven] += entering
             h.relu_()
-        if kept:
-            kept[t].copy_(h)  # as a truth value where only signs are kept
+        if keep:
+            kept.append(h if keep == _STATES else h != 0 if signs is None else signs)
         if state.read:
             read = h[state.neurons - state.read :]
             y = y + read if len(y) else read
-    return y.t().to(drive.dtype), saved
+    # A copy, for y may be a part of the last state, and is its owner's to overwrite.
+    return y.t().to(drive.dtype, copy=keep == _STATES), kept
 
 
 @without_autocast
 def _backward(
-    dy: Tensor, weight: Tensor, saved: Tensor, plan: Unpacked, dense: bool, need_drive: bool, need_weight: bool
+    dy: Tensor,
+    weight: Tensor,
+    kept: Sequence[Tensor],
+    plan: Unpacked,
+    form: str,
+    need_drive: bool,
+    need_weight: bool,
+    weights: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of drive and weight. What is not needed is not computed, and comes back with no elements."""
     wide = compute_dtype(dy, weight)
     w, dread = weight.to(wide), dy.t().to(wide).contiguous()
-    weights = w.index_select(0, plan.target_edges if dense else plan.source_edges).split(plan.link_edges)
-    kept = (saved.view(torch.uint8) if saved.dtype == torch.bool else saved).split(plan.neurons)
+    if weights is None:
+        weights = w.index_select(0, plan.target_edges if form == "dense" else plan.source_edges).split(plan.link_edges)
     dx, dw = dread[:0], [w[:0]]
-    g = dread[: plan.neurons[-1]]  # at the last step only outputs matter, if any
+    g = _through_relu(dread[: plan.neurons[-1]], kept[-1])  # at the last step only outputs matter, if any
     for t in reversed(range(plan.steps)):
-        state = plan.states[t]
-        if state.read and t < plan.steps - 1:
-            g[state.neurons - state.read :] += dread
-        g = _through_relu(g, kept[t])
-        if state.driven and need_drive:
-            entered = g[: state.driven]
+        if plan.states[t].driven and need_drive:
+            entered = g[: plan.states[t].driven]
             dx = dx + entered if len(dx) else entered
-        if t:
-            link, after = plan.links[t - 1], g
-            if need_weight:
-                dw.append(_weight_gradient(link, kept[t - 1], g, dense))
-            if dense:
-                g = _block(link, weights[t - 1]).t() @ after
-            else:
-                g = _sums(link.source_rows, link.source_columns, weights[t - 1], after)
-            if plan.residual:
-                g.index_add_(0, link.kept_source, after.index_select(0, link.kept_target))
+        if t == 0:
+            break
+        link, after, before = plan.links[t - 1], g, plan.states[t - 1]
+        if need_weight:
+            dw.append(_weight_gradient(link, kept[t - 1], after, form))
+        if form == "triton":
+            added = dread if before.read else None
+            g = _kernels().backward_step(link, weights[t - 1], after, kept[t - 1], added, plan.residual)
+            continue
+        if form == "dense":
+            g = _block(link, weights[t - 1]).t() @ after
+        else:
+            g = _sums(link.source_rows, link.source_columns, weights[t - 1], after)
+        if plan.residual:
+            g.index_add_(0, link.kept_source, after.index_select(0, link.kept_target))
+        if before.read:
+            g[before.neurons - before.read :] += dread
+        g = _through_relu(g, kept[t - 1])
     dweight = w.new_zeros(w.shape if need_weight else (0,))
     if need_weight:
         dweight.index_add_(0, plan.target_edges, torch.cat(dw[::-1]))
@@ -183,7 +228,7 @@ def _backward(
 
 def _through_relu(g: Tensor, kept: Tensor) -> Tensor:
     """The gradient in front of a ReLU. Products with bool tensors take torch three times as long as this detour."""
-    if kept.dtype == torch.uint8:
+    if kept.dtype == torch.bool:
         return kept.to(g.dtype).mul_(g)
     return torch.ops.aten.threshold_backward(g, kept, 0)
 
@@ -197,10 +242,12 @@ def _kept(drive: Tensor, weight: Tensor, neurons: list[int], keep: int) -> Tenso
 
 @torch.library.custom_op("archzoo::bpu_recurrence", mutates_args=())
 def bpu_recurrence_op(
-    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, dense: bool
+    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, form: str
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, as an op that compilers and counters see."""
-    return _forward(drive, weight, Unpacked(index, layout), keep, dense)
+    sets = Unpacked(index, layout)
+    y, kept = _forward(drive, weight, sets, keep, form)
+    return y, torch.cat(kept) if kept else _kept(drive, weight, sets.neurons, keep)
 
 
 @torch.library.custom_op("archzoo::bpu_recurrence_backward", mutates_args=())
@@ -210,17 +257,18 @@ def bpu_recurrence_backward_op(
     saved: Tensor,
     index: Tensor,
     layout: Sequence[int],
-    dense: bool,
+    form: str,
     need_drive: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Its gradients."""
-    return _backward(dy, weight, saved, Unpacked(index, layout), dense, need_drive, need_weight)
+    sets = Unpacked(index, layout)
+    return _backward(dy, weight, saved.split(sets.neurons), sets, form, need_drive, need_weight)
 
 
 @bpu_recurrence_op.register_fake
 def _(
-    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, dense: bool
+    drive: Tensor, weight: Tensor, index: Tensor, layout: Sequence[int], keep: int, form: str
 ) -> tuple[Tensor, Tensor]:
     return drive.new_empty(layout[2], drive.shape[0]).t(), _kept(drive, weight, held_sizes(layout), keep)
 
@@ -232,7 +280,7 @@ def _(
     saved: Tensor,
     index: Tensor,
     layout: Sequence[int],
-    dense: bool,
+    form: str,
     need_drive: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -241,26 +289,27 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    drive, weight, index, ctx.layout, _, ctx.dense = inputs
+    drive, weight, index, ctx.layout, _, ctx.form = inputs
     ctx.save_for_backward(drive, weight, output[1], index)
     ctx.mark_non_differentiable(output[1])
 
 
 def _op_gradients(ctx: Any, dy: Tensor, dsaved: Tensor | None) -> tuple[Tensor | None, ...]:
-    plan = RecurrencePlan(ctx.saved_tensors[3], tuple(ctx.layout))
-    return *_gradients(ctx, plan, dy), None, None, None, None
-
-
-def _gradients(ctx: Any, plan: RecurrencePlan, dy: Tensor) -> tuple[Tensor | None, ...]:
-    drive, weight, saved = ctx.saved_tensors[:3]
-    needed = tuple(ctx.needs_input_grad[:2])
+    found: Sequence[Tensor | None]
+    drive, weight, saved, index = ctx.saved_tensors
+    plan, needed = RecurrencePlan(index, tuple(ctx.layout)), tuple(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled():  # create_graph=True
-        return tuple(differentiable_gradients(functools.partial(_plain, plan=plan), dy, (drive, weight), needed))
-    if plain_eager(dy):
-        found = _backward(dy, weight, saved, plan.unpacked, ctx.dense, *needed)
+        refuse_triton("bpu_recurrence", "a gradient of a gradient")
+        found = _gradients_again(dy, drive, weight, plan, needed)
     else:
-        found = bpu_recurrence_backward_op(dy, weight, saved, plan.index, list(plan.layout), ctx.dense, *needed)
-    return tuple(g if need else None for g, need in zip(found, needed, strict=True))
+        found = bpu_recurrence_backward_op(dy, weight, saved, index, ctx.layout, ctx.form, *needed)
+    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None, None
+
+
+def _gradients_again(
+    dy: Tensor, drive: Tensor, weight: Tensor, plan: RecurrencePlan, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    return differentiable_gradients(functools.partial(_plain, plan=plan), dy, (drive, weight), needed)
 
 
 bpu_recurrence_op.register_autograd(_op_gradients, setup_context=_setup)
@@ -270,15 +319,27 @@ class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs as much as a short recurrence's arithmetic."""
 
     @staticmethod
-    def forward(ctx: Any, drive: Tensor, weight: Tensor, plan: RecurrencePlan, keep: int, dense: bool) -> Tensor:
-        y, saved = _forward(drive, weight, plan.unpacked, keep, dense)
-        ctx.plan, ctx.dense = plan, dense
-        ctx.save_for_backward(drive, weight, saved)
+    def forward(ctx: Any, drive: Tensor, weight: Tensor, plan: RecurrencePlan, keep: int, form: str) -> Tensor:
+        by_target, ctx.weights = None, None
+        if not (weight.requires_grad or form != "sparse" or drive.is_cuda) and weight.dtype == compute_dtype(
+            drive, weight
+        ):
+            by_target, ctx.weights = plan.arranged(weight)
+        y, kept = _forward(drive, weight, plan.unpacked, keep, form, by_target)
+        ctx.plan, ctx.form = plan, form
+        ctx.save_for_backward(drive, weight, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, ctx.plan, dy), None, None, None
+        drive, weight, *kept = ctx.saved_tensors
+        needed = tuple(ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():  # create_graph=True
+            refuse_triton("bpu_recurrence", "a gradient of a gradient")
+            found: Sequence[Tensor | None] = _gradients_again(dy, drive, weight, ctx.plan, needed)
+        else:
+            found = _backward(dy, weight, kept, ctx.plan.unpacked, ctx.form, *needed, ctx.weights)
+        return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None
 
 
 def _plain(drive: Tensor, weight: Tensor, plan: RecurrencePlan) -> Tensor:
@@ -293,7 +354,7 @@ def _plain(drive: Tensor, weight: Tensor, plan: RecurrencePlan) -> Tensor:
         if t:
             link = sets.links[t - 1]
             terms = weights[t - 1].unsqueeze(1) * h.index_select(0, link.target_columns)
-            total = total.index_add(0, _rows(link.target_rows, link.edges), terms)
+            total = total.index_add(0, rows_of(link.target_rows, link.edges), terms)
             if sets.residual:
                 total = total.index_add(0, link.kept_target, h.index_select(0, link.kept_source))
         if state.driven:
@@ -316,13 +377,21 @@ def _backward_flops(
     saved: Any,
     index: Any,
     layout: Any,
-    dense: bool,
+    form: str,
     need_drive: bool,
     need_weight: bool,
     *args: Any,
     **kwargs: Any,
 ) -> int:
     return (1 + need_weight) * _flops(dy, weight, index, layout)
+
+
+def _form(rows: Tensor, weight: Tensor, layout: Sequence[int], backend: str) -> str:
+    """One of `_FORMS`."""
+    small = max(held_sizes(layout)) <= _DENSE_NEURONS
+    if backend == "dense" or (backend == "auto" and rows.is_cuda and small and len(rows) > _DENSE_BATCH):
+        return "dense"
+    return "triton" if takes_triton("bpu_recurrence", drive=rows, weight=weight) else "sparse"
 
 
 def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backend: str = "auto") -> Tensor:
@@ -333,14 +402,15 @@ def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backe
         weight: Of the edges (E,), in the order in which the plan was made.
         plan: From `plan_recurrence`, which also says at which steps the drive enters and states are read; its index on
             the drive's device.
-        backend: `"sparse"`: sums along edges. `"dense"`: blocks of W. `"auto"`: sparse, but on a GPU dense up to 4,096
-            neurons a step.
+        backend: `"sparse"`: sums along edges. `"dense"`: blocks of W, by torch. `"auto"`: sparse, but on a GPU dense
+            for a batch above 64 and up to 4,096 neurons a step.
 
     Returns:
         (*, O) in the drive's dtype, also under autocast.
 
     Raises:
-        ValueError: If a shape, a dtype or the backend does not fit.
+        ValueError: If a shape, a dtype or the backend does not fit; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     layout = plan.layout
     if drive.dim() == 0 or drive.shape[-1] != layout[1] or not drive.is_floating_point():
@@ -353,16 +423,16 @@ def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backe
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(map(repr, BACKENDS))}")
     rows = drive.reshape(-1, layout[1])
     if under_transform():
+        refuse_triton("bpu_recurrence", "a torch.func transform")
         y = _plain(rows, weight, plan)
     else:
-        dense = backend == "dense" or (
-            backend == "auto" and drive.is_cuda and max(held_sizes(layout)) <= _DENSE_NEURONS
-        )
+        form = _form(rows, weight, layout, backend)
         keep = _NOTHING
-        if torch.is_grad_enabled():
-            keep = _STATES if weight.requires_grad else _SIGNS if drive.requires_grad else _NOTHING
+        if torch.is_grad_enabled() and (weight.requires_grad or drive.requires_grad):
+            few = drive.is_cpu and len(rows) * sum(held_sizes(layout)) <= _FEW_STATES
+            keep = _STATES if weight.requires_grad or few else _SIGNS
         if plain_eager(drive):
-            y = _Eager.apply(rows, weight, plan, keep, dense)
+            y = _Eager.apply(rows, weight, plan, keep, form)
         else:
-            y, _ = bpu_recurrence_op(rows, weight, plan.index, list(layout), keep, dense)
+            y, _ = bpu_recurrence_op(rows, weight, plan.index, list(layout), keep, form)
     return y.reshape(*drive.shape[:-1], layout[2])

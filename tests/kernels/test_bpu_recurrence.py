@@ -1,6 +1,8 @@
 """The recurrence of a connectome: pruned and sparse against the definition, which computes every neuron."""
 
 import itertools
+import sys
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from archzoo.kernels import use_backend
 from archzoo.kernels._bpu_plan import RecurrencePlan, held_sizes, link_sizes, plan_recurrence, state_sizes
 from archzoo.kernels.bpu_recurrence import (
     bpu_recurrence,
@@ -16,6 +19,7 @@ from archzoo.kernels.bpu_recurrence import (
     bpu_recurrence_reference,
 )
 from tests.helpers import rms_error
+from tests.kernels.triton_support import check_refusals, needs_triton, on_device
 
 OPTIONS = [
     {"inject": inject, "residual": residual, "readout": readout}
@@ -37,12 +41,13 @@ def drive(*leading, sensory=POOLS[0], seed=1, dtype=torch.float64):
 
 
 def both(x, weight, pre, post, pools, steps, backend, **options):
-    """Outputs and gradients of the op, and of the definition in float64."""
+    """Outputs and gradients of the op, and of the definition in float64. A backend "triton" is the kernel's."""
     plan = plan_recurrence(pre, post, pools, steps, **options)
     dy = drive(*x.shape[:-1], sensory=pools[2], seed=2)
 
     def ours(x, w):
-        return bpu_recurrence(x, w, plan, backend=backend)
+        with use_backend("triton") if backend == "triton" else nullcontext():
+            return bpu_recurrence(x, w, plan, backend="sparse" if backend == "triton" else backend)
 
     def definition(x, w):
         return bpu_recurrence_reference(x, w, pre, post, pools, steps, **options)
@@ -55,9 +60,11 @@ def both(x, weight, pre, post, pools, steps, backend, **options):
     return found
 
 
-@pytest.mark.parametrize("backend", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [*itertools.product(("sparse", "dense"), (2, 3, 7)), pytest.param("triton", 4, marks=needs_triton)],
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("steps", [2, 3, 7])
 def test_equals_the_definition(steps, options, backend):
     for ours, truth in zip(*both(drive(5), *wiring(), POOLS, steps, backend, **options), strict=True):
         assert truth.abs().max() > 0
@@ -73,9 +80,10 @@ def test_equals_the_definition(steps, options, backend):
     ],
     ids=str,
 )
-def test_low_precision_rounds_inputs_and_results_only(dtype, bounds):
+@pytest.mark.parametrize("backend", ["sparse", pytest.param("triton", marks=needs_triton)])
+def test_low_precision_rounds_inputs_and_results_only(dtype, bounds, backend):
     weight, pre, post = wiring(dtype=dtype)
-    found = both(drive(65, dtype=dtype), weight, pre, post, POOLS, 4, "sparse", readout="sum")
+    found = both(drive(65, dtype=dtype), weight, pre, post, POOLS, 4, backend, readout="sum")
     for ours, truth, bound in zip(*found, bounds, strict=True):
         assert ours.dtype == dtype
         assert rms_error(ours, truth) < bound
@@ -138,32 +146,55 @@ def test_func_transforms_see_the_definition():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("form", ["sparse", "dense", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("keep", [0, 1, 2], ids=["nothing", "signs", "states"])
-def test_ops_are_registered_as_torch_wants_it(keep, dense):
+def test_ops_are_registered_as_torch_wants_it(keep, form):
     weight, pre, post = wiring(dtype=torch.float32)
     plan = plan_recurrence(pre, post, POOLS, 3, readout="sum")
     x = drive(5, dtype=torch.float32).requires_grad_(keep > 0)
     weight.requires_grad_(keep == 2)
-    arguments = (x, weight, plan.index, list(plan.layout), keep, dense)
+    arguments = (x, weight, plan.index, list(plan.layout), keep, form)
     torch.library.opcheck(bpu_recurrence_op, arguments)
     if keep:
         y, saved = bpu_recurrence_op(*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments))
-        backward = (torch.ones_like(y), weight.detach(), saved, plan.index, list(plan.layout), dense, True, keep == 2)
+        backward = (torch.ones_like(y), weight.detach(), saved, plan.index, list(plan.layout), form, True, keep == 2)
         torch.library.opcheck(bpu_recurrence_backward_op, backward)
 
 
-def test_what_is_kept_is_a_byte_a_neuron_and_sample_or_the_states():
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "fixed"])
+def test_what_is_kept_is_a_byte_a_neuron_and_sample_or_the_states(learns, few, monkeypatch):
     weight, pre, post = wiring(dtype=torch.float32)
     plan = plan_recurrence(pre, post, POOLS, 5)
     cells = 6 * sum(held_sizes(plan.layout))
-    for learns, size in ((False, 1), (True, 4)):
-        leaf = weight.clone().requires_grad_(learns)
-        held = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t) or t, lambda t: t):
-            bpu_recurrence(drive(6, dtype=torch.float32).requires_grad_(), leaf, plan)
-        assert sorted(t.nbytes for t in held if t.dtype != torch.int32)[-1] == max(size * cells, weight.nbytes)
-        assert (size * cells) in [t.nbytes for t in held]
+    monkeypatch.setattr(sys.modules[bpu_recurrence.__module__], "_FEW_STATES", cells if few else cells - 1)
+    held = []
+    x = drive(6, dtype=torch.float32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        bpu_recurrence(x, weight.requires_grad_(learns), plan)
+    assert sum(t.nbytes for t in held) - x.nbytes - weight.nbytes == cells * (4 if learns or few else 1)
+
+
+def test_weights_that_change_by_data_are_seen():
+    weight, pre, post = wiring(dtype=torch.float32)
+    plan = plan_recurrence(pre, post, POOLS, 3)
+    x = drive(4, dtype=torch.float32).requires_grad_()
+    first = bpu_recurrence(x, weight, plan)
+    weight.data.mul_(2.0)
+    assert weight._version == 0  # nothing but the numbers tells
+    torch.testing.assert_close(bpu_recurrence(x, weight, plan), 4 * first)  # two steps of edges
+    (dx,) = torch.autograd.grad(first.sum(), x)  # and the first pass goes back by the weights that it had
+    (again,) = torch.autograd.grad(bpu_recurrence(x, weight / 2, plan).sum(), x)
+    torch.testing.assert_close(dx, again)
+
+
+def test_the_result_may_be_overwritten_before_the_backward_pass():
+    weight, pre, post = wiring(dtype=torch.float32)
+    plan = plan_recurrence(pre, post, POOLS, 3)
+    x = drive(4, dtype=torch.float32).requires_grad_()
+    (want,) = torch.autograd.grad(bpu_recurrence(x, weight, plan).sum(), x)
+    (got,) = torch.autograd.grad(bpu_recurrence(x, weight, plan).mul_(2.0).sum(), x)
+    torch.testing.assert_close(got, 2 * want)
 
 
 def test_flops_are_two_a_sample_and_edge():
@@ -177,11 +208,34 @@ def test_flops_are_two_a_sample_and_edge():
         assert counter.get_total_flops() == 2 * 7 * edges * (1 + backward)
 
 
-def test_nan_stays_on_the_paths_from_where_it_entered():
+def test_nan_stays_on_the_paths_from_where_it_entered(backend):
     post, pre = torch.tensor([[2, 3], [0, 1]])
     plan = plan_recurrence(pre, post, (2, 0, 2), 2)
-    y = bpu_recurrence(torch.tensor([[float("nan"), 1.0]]), torch.ones(2), plan)
+    x = torch.tensor([[float("nan"), 1.0]], requires_grad=True)
+    y = bpu_recurrence(x, torch.ones(2, device=x.device), plan.to(x.device))
     assert y.isnan().tolist() == [[True, False]]
+    assert torch.autograd.grad((y * y.detach()).sum(), x)[0].isnan().tolist() == [[True, False]]
+
+
+@needs_triton
+def test_several_programs_a_neuron_in_blocks_of_few_edges_repeat_their_bits():
+    from archzoo.kernels import _bpu_recurrence_triton as kernels
+
+    with ExitStack() as stack:
+        for sizes in (kernels.FORWARD, kernels.BACKWARD, kernels.WEIGHT):
+            stack.enter_context(sizes.forced(EDGES=2, BATCH=2))
+        found = [both(drive(3), *wiring(), POOLS, 3, "triton", residual=True) for _ in range(2)]
+    for first, again, truth in zip(found[0][0], found[1][0], found[0][1], strict=True):
+        assert rms_error(first, truth) < 1e-12
+        assert torch.equal(first, again)
+
+
+@needs_triton
+def test_what_triton_cannot_do_is_refused():
+    weight, pre, post = wiring(dtype=torch.float32)
+    plan = plan_recurrence(pre, post, POOLS, 3)
+    with on_device():
+        check_refusals(lambda x, w: bpu_recurrence(x, w, plan.to(x.device)), (drive(2, dtype=torch.float32), weight))
 
 
 def test_compiles_without_a_graph_break():
