@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md from the layers' cards and the recorded results.
+"""Writes the tables of README.md, docs/results.md and docs/kernels.md, from the layers' cards and recorded results.
 
 `--check` writes nothing, and fails if they are stale.
 """
@@ -7,14 +7,21 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from archzoo.registry import card, get_layer, list_layers
+from benchmarks._ops import OPS
+from benchmarks._speed import kernels_table, signature_table, speed_table
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": {"layers", "digits"}, "docs/results.md": set[str]()}
+PAGES = {
+    "README.md": {"layers", "digits", "speed"},
+    "docs/results.md": set[str](),
+    "docs/kernels.md": {"kernels", "signatures"},
+}
 """Where the tables are, and which each page must have."""
 
 
@@ -225,13 +232,22 @@ def comparison_table(record: dict[str, Any]) -> str:
     return task_table(record) if several else result_table(record)
 
 
+OWN_TABLES: dict[str, Callable[[], str]] = {
+    "layers": layer_table,
+    "speed": speed_table,
+    "kernels": lambda: kernels_table(OPS),
+    "signatures": lambda: signature_table(OPS),
+}
+"""Those that are no recorded comparison."""
+
+
 def render(text: str) -> str:
-    """A page with its tables as they are to be: of the layers, and of any recorded comparison.
+    """A page with its tables as they are to be: of the layers, of speed, and of any recorded comparison.
 
     A place for a table is `<!-- NAME: python -m benchmarks readme -->`, and its end `<!-- end -->`.
     """
     for name in table_names(text):
-        table = layer_table() if name == "layers" else comparison_table(_load(name))
+        table = OWN_TABLES[name]() if name in OWN_TABLES else comparison_table(_load(name))
         pattern = rf"(<!-- {re.escape(name)}: python -m benchmarks readme -->\n).*?(<!-- end -->)"
         place = re.search(pattern, text, flags=re.DOTALL)
         assert place is not None, f"the table of {name} has no end"
