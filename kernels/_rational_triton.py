@@ -136,10 +136,10 @@ def _backward_kernel(
         tl.store(out + 9, tl.sum(db4))
 
 
-def forward(x: Tensor, a: Tensor, b: Tensor, abs_terms: bool) -> Tensor:
-    """F of x (outer, groups, inner), contiguous, in its dtype. a (groups or 1, 6), b (groups, 4)."""
+def forward(x: Tensor, a: Tensor, b: Tensor, abs_terms: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """F of x (outer, groups, inner), contiguous, in its dtype or another. a (groups or 1, 6), b (groups, 4)."""
     outer, groups, inner = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     blocks = FORWARD.of(x, outer, inner)
     tiles = cdiv(inner, blocks["COLS"])
     launch(
@@ -153,10 +153,10 @@ def forward(x: Tensor, a: Tensor, b: Tensor, abs_terms: bool) -> Tensor:
 def backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_terms: bool, need_x: bool, need_a_and_b: bool, need_y: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x in its dtype, of a and b in float32 at least, and y itself; None for what is not needed."""
+    """Gradients of x in its dtype, of a and b in float32 at least, y itself in dy's; None for what is not needed."""
     outer, groups, inner = x.shape
     wide = compute_dtype(x, a, b)
-    y, dx = torch.empty_like(x) if need_y else None, torch.empty_like(x) if need_x else None
+    y, dx = torch.empty_like(dy) if need_y else None, torch.empty_like(x) if need_x else None
     blocks = BACKWARD.of(x, outer, inner)
     tiles, rows = cdiv(inner, blocks["COLS"]), cdiv(outer, blocks["ROWS"] * blocks["STEPS"])
     partial = torch.empty(rows, groups, tiles, 10, dtype=wide, device=x.device) if need_a_and_b else None

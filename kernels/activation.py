@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,11 @@ class Activation(Basis):
     def size(self) -> int:
         """One function."""
         return 1
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton."""
+        return KernelForm("activation")
 
     @property
     def flops(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from archzoo.kernels._backend import refuse_triton
 from archzoo.kernels._conv import check_input, check_output, output_size
 from archzoo.kernels._op import (
     autocast_dtype,
@@ -27,7 +28,7 @@ from archzoo.kernels._op import (
     under_transform,
     without_autocast,
 )
-from archzoo.kernels.basis_linear import Basis, parse, product_dtype, split, widen
+from archzoo.kernels.basis_linear import Basis, parse, product_dtype, split, takes_kernels, widen
 
 # Maps of a block. A convolution wants more at once than a GEMM: its library lays the weight out anew on every call.
 _CPU_BLOCK, _GPU_BLOCK = 2**23, 2**28  # bytes
@@ -48,7 +49,7 @@ def _maps(values: Tensor, size: Sequence[int]) -> Tensor:
     return values.flatten(1, 2).unflatten(2, size)
 
 
-def _padded(maps: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+def padded(maps: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     """What is left for the convolution to pad: it can only do both ends alike."""
     top, bottom, left, right = padding
     if top == bottom and left == right:
@@ -56,11 +57,18 @@ def _padded(maps: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     return F.pad(maps, (left, right, top, bottom)), [0, 0]
 
 
-def _convolve(
-    maps: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+def convolve(
+    maps: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
-    maps, even = _padded(maps, padding)
-    return F.conv2d(maps, weight.flatten(1, 2), None, stride, even, dilation, groups)
+    """Maps (N, C·K, H, W) by a kernel (O, C/groups·K, kh, kw)."""
+    maps, even = padded(maps, padding)
+    return F.conv2d(maps, kernel, bias, stride, even, dilation, groups)
 
 
 def basis_conv2d_reference(
@@ -76,13 +84,16 @@ def basis_conv2d_reference(
     y: Tensor | None = None
     for basis, weight, *tensors in terms:
         values = basis.values(x.flatten(2).to(widen(x.dtype)), *tensors)
-        part = _convolve(_maps(values, x.shape[2:]), weight.to(values.dtype), stride, padding, dilation, groups)
+        part = convolve(
+            _maps(values, x.shape[2:]), weight.to(values.dtype).flatten(1, 2), None, stride, padding, dilation, groups
+        )
         y = part if y is None else y + part
     assert y is not None, "no terms"
     return (y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)).to(x.dtype)
 
 
-def _out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+def out_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """H' and W' for x (N, C, H, W) and a weight (O, C/groups, K, kh, kw)."""
     sides = zip(x.shape[2:], weight.shape[3:], stride, (sum(padding[:2]), sum(padding[2:])), dilation, strict=True)
     return [output_size(size + around, kernel, step, 0, spread) for size, kernel, step, around, spread in sides]
 
@@ -99,19 +110,25 @@ def _forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    triton: bool = False,
 ) -> Tensor:
     """x (N, C, H, W), one weight (O, C/groups, K, kh, kw) a term -> (N, O, H', W') in the weights' dtype."""
     bases, product = parse(terms), product_dtype(weights[0])
+    if triton:
+        from archzoo.kernels import _basis_conv2d_triton
+
+        geometry = stride, padding, dilation, groups
+        return _basis_conv2d_triton.forward(x, weights, bias, tensors, bases, geometry)
     y = x.new_empty(
-        x.shape[0], weights[0].shape[0], *_out_shape(x, weights[0], stride, padding, dilation), dtype=weights[0].dtype
+        x.shape[0], weights[0].shape[0], *out_shape(x, weights[0], stride, padding, dilation), dtype=weights[0].dtype
     )
-    kernels = [w.to(product) for w in weights]
+    kernels = [w.to(product).flatten(1, 2) for w in weights]
     for images in _blocks(x, max(b.size for b in bases)):
         block = x[images].flatten(2).to(widen(x.dtype)).contiguous()  # (n, C, H·W)
         total: Tensor | None = None
         for basis, kernel, own in zip(bases, kernels, split(bases, tensors), strict=True):
             maps = _maps(basis.values(block, *own).to(product), x.shape[2:])
-            part = _convolve(maps, kernel, stride, padding, dilation, groups).to(widen(product))
+            part = convolve(maps, kernel, None, stride, padding, dilation, groups).to(widen(product))
             total = part if total is None else total.add_(part)
         assert total is not None
         y[images] = total if bias is None else total.add_(bias.to(total.dtype).view(-1, 1, 1))
@@ -131,9 +148,15 @@ def _gradients(
     dilation: list[int],
     groups: int,
     needs: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
     """Gradients by x, each weight and each tensor, in this order; only those that `needs` asks for."""
     bases, product = parse(terms), product_dtype(weights[0])
+    if triton:
+        from archzoo.kernels import _basis_conv2d_triton
+
+        geometry = stride, padding, dilation, groups
+        return _basis_conv2d_triton.backward(grad, x, weights, tensors, bases, geometry, needs)
     needs_x, needs_weights, needs_tensors = needs[0], needs[1 : 1 + len(bases)], split(bases, needs[1 + len(bases) :])
     x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
     weight_grads = [
@@ -163,7 +186,7 @@ def _gradients(
             else:
                 values = basis.values(block, *own)
             if needs_weights[term]:
-                maps, even = _padded(_maps(values.to(product), (height, width)), padding)
+                maps, even = padded(_maps(values.to(product), (height, width)), padding)
                 weight_grads[term] += conv2d_weight(maps, kernel.shape, above, stride, even, dilation, groups)
         if needs_x and below is not None:
             x_grad[images] = below.view(x[images].shape)
@@ -186,8 +209,9 @@ def _(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    triton: bool = False,
 ) -> Tensor:
-    out = _out_shape(x, weights[0], stride, padding, dilation)
+    out = out_shape(x, weights[0], stride, padding, dilation)
     return x.new_empty(x.shape[0], weights[0].shape[0], *out, dtype=weights[0].dtype)
 
 
@@ -203,13 +227,14 @@ def _(
     dilation: list[int],
     groups: int,
     needs: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
     inputs = zip([x, *weights, *tensors], needs, strict=True)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in inputs if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, _, tensors, ctx.terms, *ctx.geometry = inputs
+    x, weights, _, tensors, ctx.terms, *ctx.geometry, ctx.triton = inputs
     ctx.count = len(weights)
     ctx.save_for_backward(x, *weights, *tensors)
 
@@ -219,26 +244,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     count = ctx.count
     x_need, weight_needs, bias_need, tensor_needs, *_ = ctx.needs_input_grad
     needs = [x_need, *weight_needs, *tensor_needs]
-    grads = _any_gradients(grad, x, rest, count, ctx.terms, ctx.geometry, needs, basis_conv2d_backward_op)
+    grads = _any_gradients(ctx, grad, x, rest, needs, basis_conv2d_backward_op)
     bias_grad = grad.sum((0, 2, 3)) if bias_need else None
-    return grads[0], grads[1 : 1 + count], bias_grad, grads[1 + count :], None, None, None, None, None
+    return grads[0], grads[1 : 1 + count], bias_grad, grads[1 + count :], *(None,) * 6
 
 
 def _any_gradients(
-    grad: Tensor,
-    x: Tensor,
-    rest: Sequence[Tensor],
-    count: int,
-    terms: str,
-    geometry: Sequence[Any],
-    needs: list[bool],
-    opaque: Any,
+    ctx: Any, grad: Tensor, x: Tensor, rest: Sequence[Tensor], needs: list[bool], opaque: Any
 ) -> list[Tensor | None]:
     """Gradients by x and the rest, None where not needed. Differentiable again with create_graph=True."""
+    count, geometry = ctx.count, ctx.geometry
     if not torch.is_grad_enabled():
-        found = iter(opaque(grad, x, list(rest[:count]), list(rest[count:]), terms, *geometry, needs))
+        tensors = list(rest[:count]), list(rest[count:])
+        found = iter(opaque(grad, x, *tensors, ctx.terms, *geometry, needs, ctx.triton))
         return [next(found) if need else None for need in needs]
-    bases = parse(terms)
+    refuse_triton("basis_conv2d", "a gradient of a gradient")
+    bases = parse(ctx.terms)
 
     def definition(x: Tensor, *rest: Tensor) -> Tensor:
         own = split(bases, rest[count:])
@@ -256,17 +277,19 @@ class _Eager(torch.autograd.Function):
     """The operator without the dispatcher, whose price a small layer feels."""
 
     @staticmethod
-    def forward(ctx: Any, terms: str, count: int, geometry: Geometry, bias: Any, x: Tensor, *rest: Tensor) -> Tensor:
-        ctx.terms, ctx.count, ctx.geometry = terms, count, geometry
+    def forward(
+        ctx: Any, terms: str, triton: bool, count: int, geometry: Geometry, bias: Any, x: Tensor, *rest: Tensor
+    ) -> Tensor:
+        ctx.terms, ctx.triton, ctx.count, ctx.geometry = terms, triton, count, geometry
         ctx.save_for_backward(x, *rest)
-        return _forward(x, list(rest[:count]), bias, list(rest[count:]), terms, *geometry)
+        return _forward(x, list(rest[:count]), bias, list(rest[count:]), terms, *geometry, triton)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        _, _, _, bias_need, *needs = ctx.needs_input_grad
-        grads = _any_gradients(grad, x, rest, ctx.count, ctx.terms, ctx.geometry, needs, _gradients)
-        return None, None, None, grad.sum((0, 2, 3)) if bias_need else None, *grads
+        _, _, _, _, bias_need, *needs = ctx.needs_input_grad
+        grads = _any_gradients(ctx, grad, x, rest, needs, _gradients)
+        return None, None, None, None, grad.sum((0, 2, 3)) if bias_need else None, *grads
 
 
 def _gemm_flops(weight: Sequence[int], out: Sequence[int]) -> int:
@@ -300,6 +323,7 @@ def _backward_flops(
     dilation: Any,
     groups: int,
     needs: list[bool],
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     bases, total = parse(terms), 0
@@ -341,7 +365,8 @@ def basis_conv2d(
         (N, O, H', W') or (O, H', W').
 
     Raises:
-        ValueError: If shapes or dtypes do not fit, or the kernel does not fit into the padded input.
+        ValueError: If shapes or dtypes do not fit, or the kernel does not fit into the padded input; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform, or of a basis without a kernel.
     """
     outputs, per_group, _, *kernel = terms[0][1].shape
     channels = per_group * groups
@@ -360,11 +385,13 @@ def basis_conv2d(
     if pad_value is not None and any(sides):
         images = F.pad(images, (sides[2], sides[3], sides[0], sides[1]), value=pad_value)
         sides = [0, 0, 0, 0]
-    check_output(x, _out_shape(images, terms[0][1], list(stride), sides, list(dilation)))
+    check_output(x, out_shape(images, terms[0][1], list(stride), sides, list(dilation)))
     geometry = (list(stride), sides, list(dilation), groups)
     if under_transform():
+        refuse_triton("basis_conv2d", "a torch.func transform")
         y = basis_conv2d_reference(images, terms, bias, *geometry)
         return y if x.dim() == 4 else y.squeeze(0)
+    triton = takes_kernels("basis_conv2d", x, terms, bias)
     # Under autocast the weights are narrowed, as nn.Conv2d's are; x is not, since the functions need its digits.
     narrow, dtype = autocast_dtype(x), terms[0][1].dtype
     dtype = narrow if narrow.itemsize < dtype.itemsize else torch.promote_types(narrow, dtype)
@@ -373,9 +400,9 @@ def basis_conv2d(
     text = "[" + ", ".join(term[0].spec for term in terms) + "]"
     bias = None if bias is None else bias.to(dtype)
     if plain_eager(images):
-        y = _Eager.apply(text, len(weights), geometry, bias, images, *weights, *tensors)
+        y = _Eager.apply(text, triton, len(weights), geometry, bias, images, *weights, *tensors)
     else:
-        y = basis_conv2d_op(images, weights, bias, tensors, text, *geometry)
+        y = basis_conv2d_op(images, weights, bias, tensors, text, *geometry, triton)
     y = y.to(narrow)
     return y if x.dim() == 4 else y.squeeze(0)
 

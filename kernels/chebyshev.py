@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels._op import under_transform
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class Chebyshev(Basis):
     def size(self) -> int:
         """K, functions an input: degree + 1."""
         return self.degree + 1
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton."""
+        return KernelForm("chebyshev")
 
     @property
     def flops(self) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 r"""Harmonics $\cos jx, \sin jx,\ j = 1 \ldots G$, the Fourier series of KAN layers.
 
 One cosine and one sine an input, the rest by angle addition: $e^{i(j+1)x} = e^{ijx} e^{ix}$. The error grows as j, to
-1e-6 in float32 at j = 64, and is the same for any x; cos(jx) would round its argument, which costs |x| times as much.
+1e-6 in float32 at j = 64, and is the same for any x (on a GPU in float32, up to |x| = 1e6); cos(jx) would round its
+argument, which costs |x| times as much.
 Slopes cost no further function: $(\cos jx)' = -j \sin jx$.
 """
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels._op import under_transform
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Fourier(Basis):
     def size(self) -> int:
         """K, functions an input: 2 G."""
         return 2 * self.harmonics
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton."""
+        return KernelForm("fourier", self.harmonics, self.harmonics.bit_length())
 
     @property
     def flops(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 OUTSIDE = ("zero", "clamp", "linear")
 _S = (2 / 3) ** (1 / 3)  # scales u so that the 4/6 of the cubic comes for nothing: (S p)^3 = 4 p^3 / 6
@@ -87,6 +87,13 @@ class BSpline(Basis):
     def size(self) -> int:
         """K, functions an input."""
         return self.intervals + self.order
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton: the closed form, or the recursion over knots."""
+        if self.order == 3 and self.start is not None and self.step is not None:
+            return KernelForm("cubic", shift=self.start, scale=_S / self.step, outside=self.outside)
+        return KernelForm("spline", self.order, (self.size + self.order + 1).bit_length(), outside=self.outside)
 
     @property
     def flops(self) -> tuple[int, int]:

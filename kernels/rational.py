@@ -33,7 +33,7 @@ from archzoo.kernels._op import (
     under_transform,
     without_autocast,
 )
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 DENOMINATORS = ("abs_terms", "abs_sum")
 
@@ -72,6 +72,11 @@ class Rational(Basis):
     def num_tensors(self) -> int:
         """a and b."""
         return 2
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton."""
+        return KernelForm("rational")
 
     @property
     def flops(self) -> tuple[int, int]:

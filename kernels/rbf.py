@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from archzoo.kernels.basis_linear import Basis
+from archzoo.kernels.basis_linear import Basis, KernelForm
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class RBF(Basis):
     def num_tensors(self) -> int:
         """The centres."""
         return 1
+
+    @property
+    def kernel(self) -> KernelForm:
+        """For Triton."""
+        return KernelForm("rbf", scale=1 / self.bandwidth)
 
     @property
     def flops(self) -> tuple[int, int]:
