@@ -11,7 +11,10 @@ convolution with the outputs of both sides is no faster on a CPU, and 2 to 10 ti
 backward: x and the accumulators, none of them if N = 0.
 
 Sums, powers and the rational function are float32 for half precision inputs, under autocast too. `torch.func`
-transforms and higher derivatives go through the definition in plain torch.
+transforms and higher derivatives go through the definition in plain torch; inside `use_backend("triton")` they raise.
+
+Triton: cuDNN's convolutions by tensor cores, in the inputs' dtype, then one pass over their outputs; backward one pass
+over dy and the accumulators, and 2 (M + N) convolutions. Floor: those convolutions. What is kept has the inputs' dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +26,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.kernels import _pade
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._conv import check_input, check_output, output_size
 from archzoo.kernels._op import (
+    DifferentiableOp,
     autocast_dtype,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
     under_transform,
     without_autocast,
 )
-from archzoo.kernels.paon_linear import _accumulators, _degree, _gradient, _unpack
+from archzoo.kernels.paon_linear import _accumulators, _degree, _unpack, _wants_gradient, _work_dtype
 
 # Input, accumulators and their gradients of the images of a block.
 _CPU_BLOCK, _GPU_BLOCK = 3 * 2**22, 2**28  # bytes
@@ -117,10 +122,9 @@ def _accumulated(total: Tensor, term: Tensor, k: int, degree: int, kept: Tensor)
     return term if k == 1 else total.add_(term)
 
 
-@torch.library.custom_op("archzoo::paon_conv2d", mutates_args=())
 @without_autocast
 @torch.no_grad()
-def paon_conv2d_op(
+def _forward(
     x: Tensor,
     numerator: Tensor | None,
     denominator: Tensor | None,
@@ -133,10 +137,17 @@ def paon_conv2d_op(
     groups: int,
     absolute: bool,
     eps: float,
+    keep: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, O, H', W') of x (B, C, H, W), in x's dtype, and the accumulators (S, B, O, H', W'), in the arithmetic's."""
+    """y (B, O, H', W') of x (B, C, H, W), in x's dtype; with `keep` the accumulators (S, B, O, H', W'), in the work's.
+
+    As `_work_dtype` says; without `keep` S is 0.
+    """
     M, N = _degree(numerator), _degree(denominator)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    if triton:
+        return _forward_triton(x, numerator, denominator, bias, geometry, absolute, eps, keep)
     out = _out_shape(x.shape, _weights(numerator, denominator).shape, *geometry)
     n_p, n_q = _accumulators(M, N, absolute)
     wide = compute_dtype(x, numerator, denominator)
@@ -165,13 +176,51 @@ def paon_conv2d_op(
             y[images] = _pade.absolute(P, kept[n_p:])
         else:
             y[images] = _pade.smooth(*_unpack(kept, M, N, _constant(bias, saved)), eps if N > 1 else 0.0)
-    return y, saved
+    return y, saved if keep else saved.new_empty(0, *out)
 
 
-@torch.library.custom_op("archzoo::paon_conv2d_backward", mutates_args=())
+def _forward_triton(
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    absolute: bool,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    from archzoo.kernels import _pade_triton
+
+    M, N = _degree(numerator), _degree(denominator)
+    out = _out_shape(x.shape, _weights(numerator, denominator).shape, *geometry)
+    work, wide = _work_dtype(True, x, numerator, denominator), compute_dtype(x, numerator, denominator)
+    W, V = (None if t is None else t.to(work) for t in (numerator, denominator))
+    (n_p, n_q), stacked = _accumulators(M, N, absolute), absolute and N > 0
+    saved = torch.empty(n_p + n_q if keep or stacked else 0, *out, dtype=work, device=x.device)
+    y = torch.empty(out, dtype=x.dtype, device=x.device)
+    for images in _blocks(x, out, n_p + n_q + 3):
+        power = z = x[images].to(work).contiguous()
+        kept, p, q = saved[:, images], list[Tensor](), list[Tensor]()
+        for k in range(1, max(M, N) + 1):
+            power = power if k == 1 else power * z
+            for side, weight in ((p, W), (q, V)):
+                if weight is not None and k <= len(weight):
+                    term = _convolution(power, weight[k - 1], None, *geometry)
+                    if stacked and weight is V:
+                        kept[n_p + k - 1] = term
+                        continue
+                    if len(side) == 2:  # the sum of all terms but the last, which will be another
+                        side[:] = [side[0].to(wide) + side[1]]
+                    side.append(term.contiguous())
+        maps = [t.flatten(2) for t in p], kept[n_p:].flatten(3) if stacked else [t.flatten(2) for t in q]
+        keeping = kept.flatten(3) if keep and N else None
+        _pade_triton.forward(*maps, bias, y[images].flatten(2), keeping, eps if N > 1 else 0.0)
+    return y, saved if keep else saved.new_empty(0, *out)
+
+
 @without_autocast
 @torch.no_grad()
-def paon_conv2d_backward_op(
+def _backward(
     dy: Tensor,
     x: Tensor,
     numerator: Tensor | None,
@@ -186,29 +235,42 @@ def paon_conv2d_backward_op(
     groups: int,
     absolute: bool,
     eps: float,
+    keep: bool,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    triton: bool = False,
+) -> list[Tensor]:
     """Gradients of x, numerator, denominator and bias; one that is not needed comes back without elements."""
     M, N = _degree(numerator), _degree(denominator)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    wide, n_p, w0 = saved.dtype, _accumulators(M, N, absolute)[0], _constant(bias, saved)
-    dx = _gradient(None, x, needed[0])
+    if N and not keep:  # a graph of the op without gradients, differentiated after all
+        saved = _forward(x, numerator, denominator, bias, *geometry, absolute, eps, True, triton)[1]
+    wide, work = compute_dtype(x, numerator, denominator), _work_dtype(triton, x, numerator, denominator)
+    n_p, w0 = _accumulators(M, N, absolute)[0], _constant(bias, saved)
+    dx = empty_if(needed[0], x, x)
     sides: list[tuple[Tensor, Tensor, bool]] = []  # weights, their gradient, whether it is needed
     for weight, need in ((numerator, needed[1]), (denominator, needed[2])):
         if weight is not None:
             total = torch.zeros(weight.shape if need else (0,), dtype=wide, device=x.device)
-            sides.append((weight.to(wide), total, need))
-    d_bias = torch.zeros(dy.shape[1], dtype=wide, device=x.device)
+            sides.append((weight.to(work), total, need))
+    d_bias = torch.zeros(dy.shape[1] if needed[3] else 0, dtype=wide, device=x.device)
     for images in _blocks(x, dy.shape, len(saved) + 6):
-        z, above, kept = x[images].to(wide).contiguous(), dy[images].to(wide), saved[:, images]
-        if N == 0:
+        z, above, kept = x[images].to(work).contiguous(), dy[images].to(work), saved[:, images]
+        if triton and N:
+            from archzoo.kernels import _pade_triton
+
+            maps = above.flatten(2), kept.flatten(3), bias, M, N
+            d, of_bias = _pade_triton.backward(*maps, absolute, eps if N > 1 else 0.0, work, needed[3])
+            d = _pade.TermGradients(*(t.unflatten(-1, dy.shape[2:]) for t in d))
+            if of_bias is not None:
+                d_bias += of_bias
+        elif N == 0:
             d = _pade.TermGradients(above, above, above, above)
         elif absolute:
             d = _pade.absolute_backward(above, kept[0] if M else w0, kept[n_p:])
         else:
             d = _pade.smooth_backward(above, *_unpack(kept, M, N, w0), eps if N > 1 else 0.0)
-        if needed[3]:
-            d_bias += (d.p_low if M else d.p).sum((0, 2, 3))
+        if needed[3] and not (triton and N):
+            d_bias += (d.p_low if M else d.p).sum((0, 2, 3), dtype=wide)
         terms = []
         if numerator is not None:
             terms.append([d.p_low] * (M - 1) + [d.p])
@@ -236,53 +298,35 @@ def paon_conv2d_backward_op(
             dx[images] = below
     gradients = iter(sides)
     d_numerator, d_denominator = (
-        _gradient(None, x, False) if weight is None else next(gradients)[1].to(weight.dtype)
+        empty_if(False, None, x) if weight is None else next(gradients)[1].to(weight.dtype)
         for weight in (numerator, denominator)
     )
-    return dx, d_numerator, d_denominator, d_bias.to(x.dtype if bias is None else bias.dtype)
+    return [dx, d_numerator, d_denominator, d_bias.to(x.dtype if bias is None else bias.dtype)]
 
 
-@paon_conv2d_op.register_fake
-def _(
-    x: Tensor, numerator: Tensor | None, denominator: Tensor | None, bias: Any, *options: Any
+def _fake(
+    x: Tensor,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    bias: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    *geometry, absolute, _ = options
+    *geometry, absolute, _, keep, triton = options if len(options) == 10 else (*options, False)
     out = _out_shape(x.shape, _weights(numerator, denominator).shape, *geometry)
-    kept = sum(_accumulators(_degree(numerator), _degree(denominator), absolute))
-    return x.new_empty(out), x.new_empty((kept, *out), dtype=compute_dtype(x, numerator, denominator))
+    kept = sum(_accumulators(_degree(numerator), _degree(denominator), absolute)) if keep else 0
+    return x.new_empty(out), x.new_empty((kept, *out), dtype=_work_dtype(triton, x, numerator, denominator))
 
 
-@paon_conv2d_backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, numerator: Tensor | None, denominator: Tensor | None, bias: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    kinds = zip((x, numerator, denominator), options[-1], strict=False)
-    return *(_gradient(t, x, need) for t, need in kinds), _gradient(bias, x, False).new_empty(dy.shape[1])
+def _definition(
+    x: Tensor, numerator: Tensor | None, denominator: Tensor | None, bias: Tensor | None, *options: Any
+) -> Tensor:
+    *own, _ = options  # the last is whether accumulators are kept
+    return without_autocast(paon_conv2d_reference)(x, numerator, denominator, bias, *own)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, numerator, denominator, bias, *ctx.options = inputs
-    ctx.save_for_backward(x, numerator, denominator, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, saved = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:4])
-    if dy is None:
-        return (None,) * 12
-    if torch.is_grad_enabled():
-
-        def definition(x: Tensor, numerator: Any, denominator: Any, bias: Any) -> Tensor:
-            return paon_conv2d_reference(x, numerator, denominator, bias, *ctx.options)
-
-        return *differentiable_gradients(without_autocast(definition), dy, inputs, needed), *(None,) * 8
-    found = paon_conv2d_backward_op(dy, *inputs, saved, *ctx.options, needed)
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None,) * 8
-
-
-paon_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
+paon_conv2d_op = DifferentiableOp(
+    "paon_conv2d", _forward, _backward, fake=_fake, definition=_definition, tensors=4, kept=1
+)
 
 
 def _term_flops(x: Sequence[int], weight: Sequence[int], out: Sequence[int], transposed: bool) -> int:
@@ -305,7 +349,7 @@ def _backward_flops(
     dy: Any, x: Any, numerator: Any, denominator: Any, bias: Any, saved: Any, *options: Any, **kwargs: Any
 ) -> int:
     M, N = _degree(numerator), _degree(denominator)
-    transposed, absolute, needed = options[3], options[6], options[8]
+    transposed, absolute, needed = options[3], options[6], options[9]
     convolutions = needed[0] * (M + N) + needed[1] * M + needed[2] * N
     powers = (1 + 2 * needed[0]) * (max(M, N) - 1) * prod(x)
     rational = 0 if N == 0 else 4 * N + 4 if absolute else 13 if N == 1 else 21
@@ -353,9 +397,12 @@ def _call(
     if denominator is None and numerator is not None and len(numerator) == 1:
         y = torch.convolution(images, numerator[0], bias, *geometry)
     elif under_transform():
+        refuse_triton("paon_conv2d", "a torch.func transform")
         y = paon_conv2d_reference(images, numerator, denominator, bias, *geometry, absolute, eps)
     else:
-        y, _ = paon_conv2d_op(images, numerator, denominator, bias, *geometry, absolute, eps)
+        tensors = {"x": images, "numerator": numerator, "denominator": denominator, "bias": bias}
+        triton, keep = takes_triton("paon_conv2d", **tensors), _wants_gradient(*tensors.values())
+        y = paon_conv2d_op(*tensors.values(), *geometry, absolute, eps, keep, triton)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -391,7 +438,8 @@ def paon_conv2d(
 
     Raises:
         ValueError: If there is neither numerator nor denominator, the variant is unknown, shapes do not fit, the kernel
-            spans more than the padded input, or x is not of a floating-point dtype.
+            spans more than the padded input, or x is not of a floating-point dtype; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
     return _call(x, numerator, denominator, bias, geometry, variant, eps)
@@ -431,6 +479,7 @@ def paon_conv_transpose2d(
 
     Raises:
         ValueError: As `paon_conv2d`.
+        RuntimeError: As `paon_conv2d`.
     """
     geometry = (list(stride), list(padding), list(dilation), True, list(output_padding), groups)
     return _call(x, numerator, denominator, bias, geometry, variant, eps)

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from archzoo.kernels._op import compute_dtype
-from archzoo.kernels.normalized_residual import EPS, unit
+from archzoo.kernels.normalize import norm, normalize_, tolerance
+from archzoo.kernels.normalized_residual import unit
 from archzoo.layers._check import check_dtype, check_whole
 from archzoo.layers.start import Start, check_original, copy_bias, fresh
 from archzoo.registry import Card, register_layer
@@ -115,16 +116,16 @@ class NormalizedLinear(nn.Module):
         layer = fresh(cls, linear, **{"scaled": True, **options})
         with torch.no_grad():
             weight = linear.weight.to(compute_dtype(linear.weight))
-            norm = _norm(weight, layer._dim)
+            size = norm(weight, layer._dim)
             if layer.scale is not None:
-                layer.weight.copy_(torch.where(norm == 0, layer.weight, unit(weight, layer._dim)))
-                layer.scale.copy_(norm.flatten())
-            elif (_is_unit(norm, linear.weight.dtype) | (norm == 0)).all():
+                layer.weight.copy_(torch.where(size == 0, layer.weight, unit(weight, layer._dim)))
+                layer.scale.copy_(size.flatten())
+            elif (((size - 1).abs() <= tolerance(linear.weight.dtype, size.dtype)) | (size == 0)).all():
                 layer.weight.copy_(linear.weight)
             else:
                 raise ValueError(
                     f"{cls.__name__} with scaled=False loses the norms of the weight's vectors, here "
-                    f"{float(norm.min()):.3g} to {float(norm.max()):.3g}; use scaled=True"
+                    f"{float(size.min()):.3g} to {float(size.max()):.3g}; use scaled=True"
                 )
             copy_bias(layer, linear)
         return Start(layer, 0.0)
@@ -139,7 +140,7 @@ class NormalizedLinear(nn.Module):
 
     def constrain_(self) -> None:
         """Brings the weight's vectors back to unit norm, in place. The training loop calls it after each step."""
-        _normalize_(self.weight, self._dim)
+        normalize_(self.weight, self._dim)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Maps x (*, in) to (*, out).
@@ -226,7 +227,7 @@ class NormalizedEmbedding(nn.Module):
 
     def constrain_(self) -> None:
         """Brings the rows back to unit norm, in place. The training loop calls it after each step."""
-        _normalize_(self.weight, 1)
+        normalize_(self.weight, 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of ids (*) -> (*, embedding_dim)."""
@@ -286,23 +287,4 @@ def check_ids(ids: Tensor, dims: int | None = None) -> None:
 
 def _draw_directions_(weight: Tensor, dim: int) -> None:
     nn.init.normal_(weight)
-    _normalize_(weight, dim)
-
-
-def _norm(weight: Tensor, dim: int) -> Tensor:
-    """Norms in the weight's dtype; `sum` adds in pairs, `vector_norm` along axis 0 one by one and ten times worse."""
-    return weight.square().sum(dim, keepdim=True).sqrt()
-
-
-def _is_unit(norm: Tensor, stored: torch.dtype) -> Tensor:
-    """Whether vectors are as near to the sphere as rounding their elements, and summing their squares, allows."""
-    return (norm - 1).abs() <= torch.finfo(stored).eps / 2 + 16 * torch.finfo(norm.dtype).eps
-
-
-@torch.no_grad()
-def _normalize_(weight: Tensor, dim: int) -> None:
-    """x / max(|x|, 1e-12) in place, norms in float32 at least. What is unit already stays, bit for bit."""
-    wide = weight.to(compute_dtype(weight))
-    norm = _norm(wide, dim)
-    inverse = norm.clamp_min(EPS).reciprocal().masked_fill(_is_unit(norm, weight.dtype), 1.0)
-    weight.copy_(wide * inverse)
+    normalize_(weight, dim)

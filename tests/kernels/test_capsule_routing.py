@@ -15,7 +15,6 @@ from archzoo.kernels import _capsule_passes
 from archzoo.kernels import capsule_routing as module
 from archzoo.kernels.capsule_routing import (
     capsule_routing,
-    capsule_routing_backward_op,
     capsule_routing_op,
     capsule_routing_reference,
     squash,
@@ -177,11 +176,11 @@ def test_only_what_is_needed_is_differentiated(detach):
 def test_custom_ops_are_sound(bias):
     inputs, dv = problem((3,), lower=5)
     inputs = [t.requires_grad_() for t in inputs] if bias else [inputs[0].requires_grad_(), inputs[1], None]
-    opcheck(capsule_routing_op, (*inputs, 3, False, False))
-    _, sums = capsule_routing_op(*inputs, 3, False, False)
+    opcheck(capsule_routing_op.op, (*inputs, 3, False, False))
+    _, sums = capsule_routing_op.op(*inputs, 3, False, False)
     plain = [None if t is None else t.detach() for t in inputs]
-    for needed in ((True, True, True), (False, True, False)):
-        opcheck(capsule_routing_backward_op, (dv, *plain, sums.detach(), False, False, *needed))
+    for needed in ([True, True, bias], [False, True, False]):
+        opcheck(capsule_routing_op.backward_op, (dv, *plain, sums.detach(), 3, False, False, needed))
 
 
 def test_vmap_and_compiled_agree():

@@ -10,11 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import kron_sum as kron_sum_module
 from archzoo.kernels.kron_sum import (
     kron_linear,
-    kron_linear_backward_op,
     kron_linear_op,
     kron_linear_reference,
     kron_sum,
-    kron_sum_backward_op,
     kron_sum_op,
     kron_sum_reference,
 )
@@ -182,14 +180,14 @@ def test_gradients_of_gradients(rows):
 @pytest.mark.parametrize("rows", [2, 40])
 def test_gradients_that_nobody_needs_are_not_computed(rows):
     x, A, S, dy = problem((rows,), (4, 4, 4), (5, 6))
-    truth = kron_linear_backward_op(dy, x, A, S, True, True, True)
+    truth = kron_linear_op.backward_op(dy, x, A, S, [True] * 3)
     with FlopCounterMode(display=False) as counter:
         kron_linear(x, A, S)  # registers the formulas
-        kron_linear_backward_op(dy, x, A, S, True, True, True)
+        kron_linear_op.backward_op(dy, x, A, S, [True] * 3)
     everything = counter.get_total_flops()
     for needs in [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]:
         with FlopCounterMode(display=False) as counter:
-            got = kron_linear_backward_op(dy, x, A, S, *needs)
+            got = kron_linear_op.backward_op(dy, x, A, S, needs)
         assert 0 < counter.get_total_flops() < everything
         for gradient, reference, needed in zip(got, truth, needs, strict=True):
             assert gradient.numel() == (reference.numel() if needed else 0)
@@ -201,11 +199,11 @@ def test_gradients_that_nobody_needs_are_not_computed(rows):
 def test_opcheck(rows):
     x, A, S, dy = problem((rows,), (4, 4, 4), (5, 6), torch.float32)
     inputs = tuple(t.clone().requires_grad_() for t in (x, A, S))
-    opcheck(kron_linear_op, inputs)
-    opcheck(kron_linear_backward_op, (dy, x, A, S, True, True, True))
-    opcheck(kron_linear_backward_op, (dy, x, A, S, False, True, False))
-    opcheck(kron_sum_op, (*inputs[1:], torch.bfloat16))
-    opcheck(kron_sum_backward_op, (randn(20, 24, dtype=torch.float32), A, S))
+    opcheck(kron_linear_op.op, inputs)
+    opcheck(kron_linear_op.backward_op, (dy, x, A, S, [True] * 3))
+    opcheck(kron_linear_op.backward_op, (dy, x, A, S, [False, True, False]))
+    opcheck(kron_sum_op.op, (*inputs[1:], torch.bfloat16))
+    opcheck(kron_sum_op.backward_op, (randn(20, 24, dtype=torch.float32), A, S, torch.float32, [True] * 2))
 
 
 def test_functional_transforms():

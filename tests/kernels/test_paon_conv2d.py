@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import paon_conv2d as module
 from archzoo.kernels.paon_conv2d import (
     paon_conv2d,
-    paon_conv2d_backward_op,
     paon_conv2d_op,
     paon_conv2d_reference,
     paon_conv_transpose2d,
@@ -334,11 +333,11 @@ def test_only_gradients_asked_for_are_computed(wanted, variant):
         (gradient,) = torch.autograd.grad(y, leaves[wanted], dy)
     assert torch.ops.archzoo.paon_conv2d_backward in recorded.ops
     assert rms_error(gradient, truth[wanted]) < 1e-13
-    options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, variant == "absolute", 1e-6
+    options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, variant == "absolute", 1e-6, True
     with torch.no_grad():
-        saved = paon_conv2d_op(*leaves, *options)[1]
-        found = paon_conv2d_backward_op(dy, *leaves, saved, *options, [i == wanted for i in range(4)])
-    assert [t.numel() > 0 for t in found[:3]] == [i == wanted for i in range(3)]
+        saved = paon_conv2d_op.op(*leaves, *options)[1]
+        found = paon_conv2d_op.backward_op(dy, *leaves, saved, *options, [i == wanted for i in range(4)])
+    assert [t.numel() > 0 for t in found] == [i == wanted for i in range(4)]
 
 
 def test_functional_transforms_go_through_the_definition():
@@ -363,13 +362,13 @@ def test_functional_transforms_go_through_the_definition():
 def test_ops_pass_opcheck(degrees, transposed, dtype, variant):
     inputs = problem(degrees, dtype, (2, 2, 4, 3), 4, (3, 2), transposed)
     extra = [1, 0] if transposed else [0, 0]
-    options = [2, 1], [1, 0], [1, 1], transposed, extra, 1, variant == "absolute", 1e-6
-    y, saved = paon_conv2d_op(*inputs, *options)
+    options = [2, 1], [1, 0], [1, 1], transposed, extra, 1, variant == "absolute", 1e-6, True
+    y, saved = paon_conv2d_op.op(*inputs, *options)
     there = [t is not None for t in inputs]
     for needed in (there, [True, False, False, False]):
-        opcheck(paon_conv2d_backward_op, (torch.ones_like(y), *inputs, saved, *options, needed))
-    opcheck(paon_conv2d_op, (*inputs[:3], None, *options))
-    opcheck(paon_conv2d_op, (*(None if t is None else t.requires_grad_() for t in inputs), *options))
+        opcheck(paon_conv2d_op.backward_op, (torch.ones_like(y), *inputs, saved, *options, needed))
+    opcheck(paon_conv2d_op.op, (*inputs[:3], None, *options))
+    opcheck(paon_conv2d_op.op, (*(None if t is None else t.requires_grad_() for t in inputs), *options))
 
 
 @every_variant

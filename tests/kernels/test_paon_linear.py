@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from archzoo.kernels import _pade
-from archzoo.kernels.paon_linear import paon_linear, paon_linear_backward_op, paon_linear_op, paon_linear_reference
+from archzoo.kernels.paon_linear import paon_linear, paon_linear_op, paon_linear_reference
 from tests.helpers import RecordOps, rms, rms_error, value_and_grads
 
 BOUNDS = {  # forward, gradient of x, gradients summed over a batch
@@ -292,11 +292,10 @@ def test_only_gradients_asked_for_are_computed(wanted, variant):
     assert torch.ops.archzoo.paon_linear_backward in recorded.ops
     assert rms_error(gradient, truth[wanted]) < 1e-13
     with torch.no_grad():
-        saved = paon_linear_op(*leaves, variant == "absolute", 1e-6)[1]
-        found = paon_linear_backward_op(
-            dy, *leaves, saved, variant == "absolute", 1e-6, [i == wanted for i in range(4)]
-        )
-    assert [t.numel() > 0 for t in found[:3]] == [i == wanted for i in range(3)]
+        options = variant == "absolute", 1e-6, True
+        saved = paon_linear_op.op(*leaves, *options)[1]
+        found = paon_linear_op.backward_op(dy, *leaves, saved, *options, [i == wanted for i in range(4)])
+    assert [t.numel() > 0 for t in found] == [i == wanted for i in range(4)]
 
 
 def test_functional_transforms_go_through_the_definition():
@@ -317,13 +316,13 @@ def test_functional_transforms_go_through_the_definition():
 @pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (0, torch.bfloat16)], ids=str)
 def test_ops_pass_opcheck(degrees, variant, rows, dtype):
     inputs, dy = problem((rows,), 3, 4, degrees, dtype)
-    options = variant == "absolute", 1e-6
-    saved = paon_linear_op(*inputs, *options)[1]
+    options = variant == "absolute", 1e-6, True
+    saved = paon_linear_op.op(*inputs, *options)[1]
     there = [t is not None for t in inputs]
     for needed in (there, [True, False, False, False]):
-        opcheck(paon_linear_backward_op, (dy, *inputs, saved, *options, needed))
-    opcheck(paon_linear_op, (*inputs[:3], None, *options))
-    opcheck(paon_linear_op, (*(None if t is None else t.requires_grad_() for t in inputs), *options))
+        opcheck(paon_linear_op.backward_op, (dy, *inputs, saved, *options, needed))
+    opcheck(paon_linear_op.op, (*inputs[:3], None, *options))
+    opcheck(paon_linear_op.op, (*(None if t is None else t.requires_grad_() for t in inputs), *options))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
