@@ -174,6 +174,17 @@ class Slab:
         return t.unflatten(-1, (-1, self.problem.width))
 
 
+def product_dtype(x: Tensor, B: Tensor, C: Tensor) -> torch.dtype:
+    """That in which Triton's kernels multiply matrices, and keep states for them."""
+    return torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else state_dtype(x)
+
+
+def triton_steps(x: Tensor, chunk_size: int) -> int:
+    """Steps of a chunk in Triton's kernels: a power of two, of which the q x q decays stay in registers."""
+    most = 32 if x.dtype == torch.float64 else 64
+    return max(16, min(most, 1 << chunk_size.bit_length() - 1))
+
+
 def sum_dtype(x: Tensor) -> torch.dtype:
     """Of sums over time: at 1e3, float32 leaves an error of 6e-5 in a difference. Apple's GPUs have nothing wider."""
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -4,7 +4,8 @@ It is torch's `scaled_dot_product_attention`. On a CPU torch's fused kernel cann
 counts its FLOPs, and it hides NaN: where all scores of a position are NaN or -inf, it gives 0. The op here runs that
 same kernel, and mends all three; such a position gets NaN, in its gradients too. It keeps q, k, v, y and one number a
 row: memory is linear in L, where softmax written out keeps L^2 weights a head. A GPU, dropout or a mask that is learned
-takes torch's function as it is.
+takes torch's function as it is. There is no Triton kernel: on a GPU torch runs FlashAttention or cuDNN's, which are the
+peers that one would be held to, and `use_backend` changes nothing.
 
 In multiply-adds, with B, H and L^2 D left out: forward 2, backward 5, for the weights are computed again. A causal mask
 saves half of them, which is not counted.

@@ -12,21 +12,26 @@ number of threads, which sets how many chunks go together). Arithmetic is float3
 FLOPs of the products: forward 2 E (Q + 2 N), and 2 batch L G Q N for the scores C B^T of G groups; backward 2 E (2 Q +
 5 N) and three times the scores, and where there is a gate 2 E (Q + N) more. Linear in L.
 
-Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place. There is no Triton
-kernel yet: every device runs this.
+Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place; inside
+`use_backend("triton")` they raise.
+
+Triton's kernels (`_ssd_triton.py`) keep states before chunks in the dtype of their products: bfloat16 where x, B and C
+are, or else that of the states. They are bound by memory: of each of E inputs, forward moves x twice and out, and
+writes and reads N / Q numbers of states. In bfloat16 with N = 2 Q, as in Mamba-2, that is 14 E bytes, of which 4 E are
+the least that any algorithm moves; backward 32 E.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import differentiable_gradients, flop_formula, under_transform, without_autocast
+from archzoo.kernels._backend import refuse_triton, takes_triton
+from archzoo.kernels._op import DifferentiableOp, empty_if, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import state_dtype
-from archzoo.kernels._ssd import Gradients, Options, Problem, Slab, check_ssd
+from archzoo.kernels._ssd import Gradients, Options, Problem, Slab, check_ssd, product_dtype, triton_steps
 
 _NO_LIMIT = (0.0, math.inf)
 
@@ -79,9 +84,19 @@ def ssd_reference(
 # --- The op -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("archzoo::ssd", mutates_args=())
+def _outputs(x: Tensor, B: Tensor, C: Tensor, chunk_size: int, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the op returns."""
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    chunks = -(-length // chunk_size)
+    kept = product_dtype(x, B, C) if triton else state_dtype(x)
+    borders = x.new_empty(batch, chunks, groups, states, heads // groups * width, dtype=kept)
+    return x.new_empty(x.shape), x.new_empty(batch, heads, width, states, dtype=state_dtype(x)), borders
+
+
 @without_autocast
-def ssd_op(
+@torch.no_grad()
+def _forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -96,11 +111,19 @@ def ssd_op(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out in x's dtype, the final state (batch, H, P, N), and the states before chunks, all contiguous."""
     options = Options(chunk_size, dt_softplus, dt_min, dt_max)
+    out, final, borders = _outputs(x, B, C, chunk_size, triton)
+    if triton:
+        from archzoo.kernels import _ssd_triton
+
+        _ssd_triton.forward(
+            _ssd_triton.Problem(x, dt, A, B, C, D, dt_bias, seq_idx, options), z, initial_state, out, final, borders
+        )
+        return out, final, borders
     problem = Problem(x, dt, A, B, C, D, z, dt_bias, seq_idx, options)
-    out, final, borders = _outputs(x, B, chunk_size)
     for rows in problem.rows():
         state = problem.flat_state(initial_state, rows)
         for span, steps in problem.spans(rows):
@@ -114,21 +137,12 @@ def ssd_op(
     return out, final, borders
 
 
-def _outputs(x: Tensor, B: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what the op returns."""
-    batch, length, heads, width = x.shape
-    (groups, states), wide = B.shape[2:], state_dtype(x)
-    chunks = -(-length // chunk_size)
-    borders = x.new_empty(batch, chunks, groups, states, heads // groups * width, dtype=wide)
-    return x.new_empty(x.shape), x.new_empty(batch, heads, width, states, dtype=wide), borders
-
-
-@torch.library.custom_op("archzoo::ssd_backward", mutates_args=())
 @without_autocast
-def ssd_backward_op(
-    x: Tensor,
+@torch.no_grad()
+def _backward(
     dout: Tensor | None,
     dfinal: Tensor | None,
+    x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
@@ -143,100 +157,53 @@ def ssd_backward_op(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
-    needed: Sequence[bool],
+    needed: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
-    """Gradients of x to initial_state, in that order; those not needed, or of what is None, come back empty."""
+    """Gradients of x to seq_idx, in that order; those not needed, or of what is None, come back empty."""
     options = Options(chunk_size, dt_softplus, dt_min, dt_max)
-    problem = Problem(x, dt, A, B, C, D, z, dt_bias, seq_idx, options)
-    found = Gradients(problem, (x, dt, A, B, C, D, z, dt_bias, initial_state), needed)
-    for rows in problem.rows():
-        after = problem.flat_state(dfinal, rows)
-        for span, steps in reversed(problem.spans(rows)):
-            slab = Slab(problem, rows, span, steps)
-            after = found.add(slab, dout, borders[rows, span], after)
-        if found.initial_state is not None:
-            start = problem.states_of(found.initial_state, rows)
-            start.copy_(after.view(start.shape))
-    return found.results()
-
-
-@ssd_op.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, B, chunk_size)
-
-
-@ssd_backward_op.register_fake
-def _(
-    x: Tensor,
-    dout: Tensor | None,
-    dfinal: Tensor | None,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    borders: Tensor,
-    chunk_size: int,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    needed: Sequence[bool],
-) -> list[Tensor]:
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return [
-        x.new_empty(0) if t is None or not need else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t, need in zip(inputs, needed, strict=True)
-    ]
+    if triton:
+        from archzoo.kernels import _ssd_backward_triton, _ssd_triton
+
+        call = _ssd_triton.Problem(x, dt, A, B, C, D, dt_bias, seq_idx, options)
+        found = _ssd_backward_triton.backward(call, dout, dfinal, inputs, borders, needed)
+    else:
+        problem = Problem(x, dt, A, B, C, D, z, dt_bias, seq_idx, options)
+        gradients = Gradients(problem, inputs, needed[:-1])
+        for rows in problem.rows():
+            after = problem.flat_state(dfinal, rows)
+            for span, steps in reversed(problem.spans(rows)):
+                slab = Slab(problem, rows, span, steps)
+                after = gradients.add(slab, dout, borders[rows, span], after)
+            if gradients.initial_state is not None:
+                start = problem.states_of(gradients.initial_state, rows)
+                start.copy_(after.view(start.shape))
+        found = gradients.results()
+    return [*found, empty_if(False, seq_idx, x)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.chunk_size, ctx.dt_softplus, ctx.dt_min, ctx.dt_max = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[2])
+def _fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    triton: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, B, C, chunk_size, triton)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, seq_idx, borders = ctx.saved_tensors
-    needed, options = ctx.needs_input_grad[: len(inputs)], (ctx.chunk_size, ctx.dt_softplus, ctx.dt_min, ctx.dt_max)
-    without = (None,) * (1 + len(options))
-    if dout is None and dfinal is None:
-        return (None,) * len(inputs) + without
-    if torch.is_grad_enabled():  # create_graph=True
-
-        def definition(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-            arguments: tuple[Any, ...] = (*tensors, seq_idx, *options)
-            return _plain(*arguments)
-
-        return *differentiable_gradients(definition, (dout, dfinal), inputs, needed), *without
-    x, *others = inputs
-    found = ssd_backward_op(x, dout, dfinal, *others, seq_idx, borders, *options, list(needed))
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), *without
-
-
-ssd_op.register_autograd(_gradients, setup_context=_setup)
-
-
-def _plain(
+def _definition(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -269,6 +236,9 @@ def _plain(
         seq_idx=seq_idx,
     )
     return y, final
+
+
+ssd_op = DifferentiableOp("ssd", _forward, _backward, fake=_fake, definition=_definition, tensors=10, kept=1)
 
 
 # --- What it costs ----------------------------------------------------------------------------------------------------
@@ -304,9 +274,9 @@ def _flops(
 
 @flop_formula(torch.ops.archzoo.ssd_backward)
 def _backward_flops(
-    x: Any,
     dout: Any,
     dfinal: Any,
+    x: Any,
     dt: Any,
     A: Any,
     B: Any,
@@ -398,7 +368,8 @@ def ssd(
         A: (H,), or (batch, L, H) where it differs between tokens; negative, or states grow without bound.
         B: (batch, L, G, N), where head h has group h // (H / G).
         C: As B.
-        chunk_size: Number Q of steps in a chunk; the result depends on it by rounding alone, and L may be any.
+        chunk_size: Number Q of steps in a chunk; the result depends on it by rounding alone, and L may be any. Triton's
+            kernels take the next power of two below, from 16 to 64, or 32 in float64.
         D: (H,) or (H, P), weight of x itself.
         z: As x, gate.
         dt_bias: (H,), added to dt in the dtype of the states.
@@ -414,13 +385,17 @@ def ssd(
 
     Raises:
         ValueError: If a shape or dtype does not fit x, chunk_size is no whole number, 1 or more, or dt_limit no two
-            numbers in order; the message names the argument.
+            numbers in order; the message names the argument. As `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     check_ssd(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_limit, initial_state, seq_idx)
-    arguments: tuple[Any, ...] = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    arguments += (int(chunk_size), dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    numbers = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
     if under_transform():
-        out, final = _plain(*arguments)
+        refuse_triton("ssd", "a torch.func transform")
+        out, final = _definition(*tensors, int(chunk_size), *numbers)
     else:
-        out, final, _ = ssd_op(*arguments)
+        triton = takes_triton("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+        steps = triton_steps(x, int(chunk_size)) if triton else int(chunk_size)
+        out, final = ssd_op(*tensors, steps, *numbers, triton)
     return (out, final) if return_final_state else out

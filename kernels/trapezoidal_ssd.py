@@ -9,6 +9,8 @@ k_t = alpha_t (k_{t-1} + (gamma_{t-1} + (1 - lambda_t) Delta_t) x_{t-1} B_{t-1}^
 y_t = k_t C_t + (gamma_t B_t . C_t + D) x_t: a scan of inputs that come one token late. Nothing is subtracted, and no
 token reads of a later one, whose rounding errors a scan of inputs that know the next step size would hand back.
 Where a sequence begins in a packed row, its first token takes no input from the one before.
+
+So it has the kernels of `ssd`, in Triton too. They get inputs in the dtype of the states: nothing is rounded twice.
 """
 
 from typing import Literal, overload
@@ -150,7 +152,8 @@ def trapezoidal_ssd(
 
     Raises:
         ValueError: If a shape or dtype does not fit x, or chunk_size is no whole number, 1 or more; the message names
-            the argument.
+            the argument. As `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     _check(x, dt, A, trap, B, C, D, initial_state, seq_idx)
     length, wide = x.shape[1], state_dtype(x)

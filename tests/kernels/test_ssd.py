@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import _ssd
 from archzoo.kernels.selective_scan import selective_scan_reference
 from archzoo.kernels.selective_state_update import selective_state_update
-from archzoo.kernels.ssd import ssd, ssd_backward_op, ssd_op, ssd_reference
+from archzoo.kernels.ssd import ssd, ssd_op, ssd_reference
 from tests.helpers import assert_same_bits, rms_error
 
 LENGTHS = [1, 2, 7, 8, 9, 16, 23, 33]  # about multiples of the chunks of 8 that most tests use
@@ -418,12 +418,15 @@ def test_opcheck(options):
     arguments = in_op_order(problem(1, 11, options=options))
     numbers = (4, "dt_softplus" in options, *((0.5, 1.5) if "dt_limit" in options else (0.0, math.inf)))
     leaves = [t.requires_grad_() if is_real(t) else t for t in arguments]
-    opcheck(ssd_op, (*leaves, *numbers))
+    opcheck(ssd_op.op, (*leaves, *numbers))
     with torch.no_grad():
-        out, final, borders = ssd_op(*arguments, *numbers)
-    x, *others = (None if t is None else t.detach() for t in arguments)
-    for dout, dfinal, needs in ((out, None, [True] * 9), (None, final, [n % 2 == 0 for n in range(9)])):
-        opcheck(ssd_backward_op, (x, dout, dfinal, *others, borders, *numbers, needs))
+        out, final, borders = ssd_op.op(*arguments, *numbers)
+    tensors = tuple(None if t is None else t.detach() for t in arguments)
+    for dout, dfinal, needs in (
+        (out, None, [True] * 9 + [False]),
+        (None, final, [n % 2 == 0 for n in range(9)] + [False]),
+    ):
+        opcheck(ssd_op.backward_op, (dout, dfinal, *tensors, borders, *numbers, needs))
 
 
 def test_compile_and_export_hold_one_node():
@@ -487,12 +490,13 @@ def test_flops_are_those_of_the_products(L, gate):
     tensors = in_op_order(to(arguments, torch.float64))
     numbers = (8, False, 0.0, math.inf)
     detached = [None if t is None else t.detach() for t in tensors]
-    _, _, borders = ssd_op(*detached, *numbers)
-    x, *others = detached
-    assert forward == products_flops(lambda: ssd_op._init_fn(*detached, *numbers))
-    needs = [t is not None for t in detached[:9]]
-    run = ssd_backward_op._init_fn
-    assert counter.get_total_flops() == products_flops(lambda: run(x, x, None, *others, borders, *numbers, needs))
+    _, _, borders = ssd_op.op(*detached, *numbers)
+    assert forward == products_flops(lambda: ssd_op.op._init_fn(*detached, *numbers))
+    needs = [t is not None for t in detached[:9]] + [False]
+    run = ssd_op.backward_op._init_fn
+    assert counter.get_total_flops() == products_flops(
+        lambda: run(detached[0], None, *detached, borders, *numbers, needs)
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0)], ids=["batch", "length"])
