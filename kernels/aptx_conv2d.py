@@ -8,7 +8,8 @@ Each tap of each row of beta bends the pixels for itself, so the patches that a 
 is `aptx_linear` on patches, with its algebra and at its cost, B H' W' being its B and C / groups kh kw its I. Patches
 are gathered for a block of pixels and of channels at a time, pixels last, and the tanh of a block is evaluated for as
 many rows of beta as the cache has room for. The products with alpha are GEMMs of the block that is gathered anyway.
-Besides x padded, and its gradient, no temporary exceeds a block. The backward saves x and the parameters only.
+Besides x padded, and its gradient, no temporary exceeds a block. The backward saves x and the parameters only. The
+Triton kernels are those of `aptx_linear`, with all groups at once.
 
 Dtypes, autocast, `torch.func` transforms and higher derivatives are as in `aptx_linear`.
 """
@@ -23,15 +24,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.kernels import aptx_linear as linear
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._conv import blocks, check_input, check_output, output_size, windows
 from archzoo.kernels._op import (
+    DifferentiableOp,
     autocast_dtype,
     compute_dtype,
-    differentiable_gradients,
     flop_formula,
     under_transform,
     without_autocast,
 )
+from archzoo.kernels._patches import Patches, unpad
 from archzoo.kernels.basis_conv2d import padding_sides
 
 # Elements of a block, and pixels that it has if there are as many: an inner loop over few would pay for its start.
@@ -131,9 +134,8 @@ def _parameters(
     return less_one, twice_beta, gamma.to(wide).reshape(groups, len(beta) // groups, len(gamma) // len(beta), -1)
 
 
-@torch.library.custom_op("archzoo::aptx_conv2d", mutates_args=())
 @without_autocast
-def aptx_conv2d_op(
+def _forward(
     x: Tensor,
     alpha: Tensor | None,
     beta: Tensor,
@@ -143,8 +145,15 @@ def aptx_conv2d_op(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    triton: bool = False,
 ) -> Tensor:
     """y (B, O, H', W') of x (B, C, H, W), in x's dtype."""
+    if triton and linear.few_outputs(beta, gamma):
+        from archzoo.kernels import _aptx_linear_triton as kernels
+
+        neurons = kernels.neurons(x, alpha, beta, gamma, groups)
+        patches = Patches(_pad(x, padding), gamma.shape[2:], stride, dilation, groups)
+        return patches.map(lambda rows: kernels.forward(rows, neurons, bias))
     wide = compute_dtype(x, alpha, beta, gamma)
     by_channel, twice_beta, by_row = _parameters(alpha, beta, gamma, groups, wide)
     if by_channel is not None:
@@ -168,9 +177,8 @@ def aptx_conv2d_op(
     return y
 
 
-@torch.library.custom_op("archzoo::aptx_conv2d_backward", mutates_args=())
 @without_autocast
-def aptx_conv2d_backward_op(
+def _backward(
     dy: Tensor,
     x: Tensor,
     alpha: Tensor | None,
@@ -182,8 +190,11 @@ def aptx_conv2d_backward_op(
     dilation: list[int],
     groups: int,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    triton: bool = False,
+) -> list[Tensor]:
     """Gradients of x, alpha, beta, gamma and bias; one that is not needed comes back without elements."""
+    if triton and linear.few_outputs(beta, gamma):
+        return _triton_backward(dy, x, alpha, beta, gamma, bias, stride, padding, dilation, groups, needed)
     need_x, need_alpha, need_beta, need_gamma, need_bias = needed
     wide = compute_dtype(x, alpha, beta, gamma)
     less_one, twice_beta, by_row = _parameters(alpha, beta, gamma, groups, wide)
@@ -232,42 +243,17 @@ def aptx_conv2d_backward_op(
     if need_gamma and less_one is not None:
         dgamma.flatten(1, 2).addcmul_(less_one, products)
     dalpha = products.mul_(by_row.flatten(1, 2)) if need_alpha else products.new_empty(0)
-    top, _, left, _ = padding
-    dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]] if need_x else dx
-    return (
+    dx = unpad(dx, padding, x.shape[2:]) if need_x else dx
+    return [
         dx.to(x.dtype).contiguous(),
         dalpha.to(x.dtype if alpha is None else alpha.dtype).view(gamma.shape if need_alpha else 0),
         dbeta.to(beta.dtype).view(beta.shape if need_beta else 0),
         dgamma.to(gamma.dtype).view(gamma.shape if need_gamma else 0),
         dbias,
-    )
+    ]
 
 
-def _out_size(
-    x: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Height and width of the output, of the shapes of x and of beta or gamma."""
-    padded = (x[2] + padding[0] + padding[1], x[3] + padding[2] + padding[3])
-    return [output_size(padded[a], kernel[2 + a], stride[a], 0, dilation[a]) for a in (0, 1)]
-
-
-@aptx_conv2d_op.register_fake
-def _(
-    x: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    return x.new_empty(x.shape[0], gamma.shape[0], *_out_size(x.shape, gamma.shape, stride, padding, dilation))
-
-
-@aptx_conv2d_backward_op.register_fake
-def _(
+def _triton_backward(
     dy: Tensor,
     x: Tensor,
     alpha: Tensor | None,
@@ -279,32 +265,49 @@ def _(
     dilation: list[int],
     groups: int,
     needed: list[bool],
-) -> Any:
-    inputs = zip((x, alpha, beta, gamma, bias), needed, strict=True)
-    return tuple(linear.zeros_if_needed(t, x, need) for t, need in inputs)
+) -> list[Tensor]:
+    from archzoo.kernels import _aptx_linear_triton as kernels
+
+    neurons = kernels.neurons(x, alpha, beta, gamma, groups)
+    wide = neurons.gamma.dtype
+    dx, sums = Patches(_pad(x, padding), gamma.shape[2:], stride, dilation, groups).gradients(
+        dy,
+        (lambda above, rows: kernels.input_gradient(above, rows, neurons, wide)) if needed[0] else None,
+        (lambda above, rows: kernels.parameter_sums(above, rows, neurons, needed[1:4])) if any(needed[1:4]) else None,
+        wide,
+    )
+    of_parameters = kernels.finish(sums or [None] * 3, neurons, len(beta))
+    of_all = [None if dx is None else unpad(dx, padding, x.shape[2:]), *of_parameters]
+    dbias = dy.sum((0, 2, 3), dtype=compute_dtype(dy)) if needed[4] else None
+    return linear.as_results([*of_all, dbias], (x, alpha, beta, gamma, bias), needed, dy)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.geometry = inputs[5:]
-    ctx.set_materialize_grads(False)
+def _out_size(
+    x: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of the output, of the shapes of x and of beta or gamma."""
+    padded = (x[2] + padding[0] + padding[1], x[3] + padding[2] + padding[3])
+    return [output_size(padded[a], kernel[2 + a], stride[a], 0, dilation[a]) for a in (0, 1)]
 
 
-def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:5])
-    if dy is None:
-        return (None,) * 9
-    if torch.is_grad_enabled():
+def _fake(
+    x: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    triton: bool = False,
+) -> Tensor:
+    return x.new_empty(x.shape[0], gamma.shape[0], *_out_size(x.shape, gamma.shape, stride, padding, dilation))
 
-        def definition(*tensors: Any) -> Tensor:
-            return aptx_conv2d_reference(*tensors, *ctx.geometry)
 
-        return *differentiable_gradients(definition, dy, ctx.saved_tensors, needed), None, None, None, None
-    found = aptx_conv2d_backward_op(dy, *ctx.saved_tensors, *ctx.geometry, needed)
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None, None
-
-
-aptx_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
+aptx_conv2d_op = DifferentiableOp(
+    "aptx_conv2d", _forward, _backward, fake=_fake, definition=aptx_conv2d_reference, tensors=5
+)
 
 
 def _as_linear(x: Any, gamma: Any, size: Sequence[int]) -> list[int]:
@@ -355,7 +358,8 @@ def aptx_conv2d(
         (B, O, H', W') or (O, H', W'), in the dtype of x; under autocast in autocast's.
 
     Raises:
-        ValueError: If shapes do not fit, or x is not of a floating-point dtype.
+        ValueError: If shapes do not fit, or x is not of a floating-point dtype; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     if gamma.dim() != 4 or 0 in gamma.shape:
         raise ValueError(f"gamma has shape {tuple(gamma.shape)}: must be (out, in / groups, height, width)")
@@ -375,6 +379,10 @@ def aptx_conv2d(
     images = (x if x.dim() == 4 else x.unsqueeze(0)).to(autocast_dtype(x))
     geometry = list(stride), padding_sides(padding, gamma.shape[2:], dilation), list(dilation)
     check_output(x, _out_size(images.shape, gamma.shape, *geometry))
-    op = aptx_conv2d_reference if under_transform() else aptx_conv2d_op
-    y = op(images, alpha, beta, gamma, bias, *geometry, groups)
+    if under_transform():
+        refuse_triton("aptx_conv2d", "a torch.func transform")
+        y = aptx_conv2d_reference(images, alpha, beta, gamma, bias, *geometry, groups)
+    else:
+        triton = takes_triton("aptx_conv2d", x=x, alpha=alpha, beta=beta, gamma=gamma, bias=bias)
+        y = aptx_conv2d_op(images, alpha, beta, gamma, bias, *geometry, groups, triton)
     return y if x.dim() == 4 else y.squeeze(0)

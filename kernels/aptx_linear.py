@@ -20,21 +20,29 @@ On a CPU sigmoid is the cheaper function: 0.2 ns an element against 1.9 ns for t
 FLOPs, with one each for *, + and tanh: 6 B O I forward and 17 B O I backward when G = O. With G < O they are 3 B G I +
 4 B O I and 12 B G I + 8 B O I, where what grows with O is GEMMs.
 
+On a GPU Triton kernels walk the neurons, with tiles of (B, O), (B, I) and (O, I) in registers. The floor is the rate of
+the special functions, 3.9e12 a second on an H200: one a neuron where x has 16 bits, by an instruction for tanh with an
+error of 2^-11, and two otherwise (`_aptx_linear_triton.py`). Where a row of beta serves 32 outputs or more, GEMMs do
+the work, and blocks are walked there as well.
+
 Sums are float32 for half precision. Under autocast x and y take autocast's dtype, and the parameters keep theirs: no
 GEMM unit would gain from rounding them. `torch.func` transforms and higher derivatives go through the definition in
-plain torch, which does make the (B, G, I) tensors.
+plain torch, which does make the (B, G, I) tensors; inside `use_backend("triton")` they raise.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
+    DifferentiableOp,
     autocast_dtype,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
     under_transform,
     without_autocast,
@@ -42,6 +50,7 @@ from archzoo.kernels._op import (
 
 # Elements of a (g, b, i) block. On a CPU 512 KiB of float32: smaller ones pay for Python, larger ones leave the cache.
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**23
+_MANY = 32  # outputs of a row of beta from which on GEMMs, and a tanh that is kept for a while, beat Triton's kernels
 
 
 def aptx_linear_reference(
@@ -168,10 +177,20 @@ def _largest(*cuts: list[slice]) -> int:
     return math.prod(cut[0].stop - cut[0].start if cut else 0 for cut in cuts)
 
 
-@torch.library.custom_op("archzoo::aptx_linear", mutates_args=())
+def few_outputs(beta: Tensor, gamma: Tensor) -> bool:
+    """Whether a row of beta serves so few outputs that they are no GEMM."""
+    return len(gamma) < _MANY * len(beta)
+
+
 @without_autocast
-def aptx_linear_op(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, triton: bool = False
+) -> Tensor:
     """y (B, O) of x (B, I), in x's dtype."""
+    if triton and few_outputs(beta, gamma):
+        from archzoo.kernels import _aptx_linear_triton
+
+        return _aptx_linear_triton.forward(x[None], _aptx_linear_triton.neurons(x, alpha, beta, gamma), bias)[0]
     wide = compute_dtype(x, alpha, beta, gamma)
     rows, features = x.shape
     groups, outputs = len(beta), len(gamma)
@@ -199,12 +218,24 @@ def zeros_if_needed(like: Tensor | None, x: Tensor, needed: bool, dtype: torch.d
     return torch.zeros(like.shape if needed else (0,), dtype=dtype or like.dtype, device=like.device)
 
 
-@torch.library.custom_op("archzoo::aptx_linear_backward", mutates_args=())
 @without_autocast
-def aptx_linear_backward_op(
-    dy: Tensor, x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, needed: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None,
+    needed: list[bool],
+    triton: bool = False,
+) -> list[Tensor]:
     """Gradients of x, alpha, beta, gamma and bias; one that is not needed comes back without elements."""
+    if triton and few_outputs(beta, gamma):
+        from archzoo.kernels import _aptx_linear_triton
+
+        found = _aptx_linear_triton.backward(dy, x, alpha, beta, gamma, needed)
+        dbias = dy.sum(0, dtype=compute_dtype(dy)) if needed[4] else None
+        return as_results([*found, dbias], (x, alpha, beta, gamma, bias), needed, dy)
     need_x, need_alpha, need_beta, need_gamma, need_bias = needed
     wide = compute_dtype(x, alpha, beta, gamma)
     rows, features = x.shape
@@ -232,7 +263,7 @@ def aptx_linear_backward_op(
             torch.mm(dy, less_one.mul_(wide_gamma), out=dx)
         del less_one
     if not (need_x or need_beta or need_gamma):
-        return dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias
+        return [dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias]
 
     twice_beta = (beta.to(wide) * 2).unsqueeze(1)
     by_group, dy_by_group = wide_gamma.reshape(groups, each, features), dy.view(rows, groups, each).transpose(0, 1)
@@ -255,37 +286,28 @@ def aptx_linear_backward_op(
                 -1,
                 scratch,
             )
-    return dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias
+    return [dx.to(x.dtype), dalpha, dbeta.to(beta.dtype), dgamma.to(gamma.dtype), dbias]
 
 
-@aptx_linear_op.register_fake
-def _(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+def as_results(
+    found: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> list[Tensor]:
+    """Gradients in shape and dtype of the inputs; without elements where none is needed."""
+    return [
+        empty_if(False, t, dy) if t is None or g is None or not need else g.reshape(t.shape).to(t.dtype).contiguous()
+        for g, t, need in zip(found, inputs, needed, strict=True)
+    ]
+
+
+def _fake(
+    x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, triton: bool = False
+) -> Tensor:
     return x.new_empty(x.shape[0], gamma.shape[0])
 
 
-@aptx_linear_backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bias: Tensor | None, needed: list[bool]
-) -> Any:
-    return tuple(zeros_if_needed(t, x, need) for t, need in zip((x, alpha, beta, gamma, bias), needed, strict=True))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad)
-    if dy is None:
-        return (None,) * len(needed)
-    if torch.is_grad_enabled():
-        return tuple(differentiable_gradients(aptx_linear_reference, dy, ctx.saved_tensors, needed))
-    found = aptx_linear_backward_op(dy, *ctx.saved_tensors, needed)
-    return tuple(g if need else None for g, need in zip(found, needed, strict=True))
-
-
-aptx_linear_op.register_autograd(_backward, setup_context=_setup_context)
+aptx_linear_op = DifferentiableOp(
+    "aptx_linear", _forward, _backward, fake=_fake, definition=aptx_linear_reference, tensors=5
+)
 
 
 @flop_formula(torch.ops.archzoo.aptx_linear)
@@ -327,7 +349,8 @@ def aptx_linear(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bi
         (*, O) in the dtype of x, or in autocast's.
 
     Raises:
-        ValueError: If shapes do not fit, or x is not of a floating-point dtype.
+        ValueError: If shapes do not fit, or x is not of a floating-point dtype; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: must be a floating-point one")
@@ -347,5 +370,8 @@ def aptx_linear(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bi
         raise ValueError(f"bias has shape {tuple(bias.shape)}: must be ({outputs},)")
     x = x.to(autocast_dtype(x))
     if under_transform():
+        refuse_triton("aptx_linear", "a torch.func transform")
         return aptx_linear_reference(x, alpha, beta, gamma, bias)
-    return aptx_linear_op(x.reshape(-1, features), alpha, beta, gamma, bias).view(*x.shape[:-1], outputs)
+    triton = takes_triton("aptx_linear", x=x, alpha=alpha, beta=beta, gamma=gamma, bias=bias)
+    y: Tensor = aptx_linear_op(x.reshape(-1, features), alpha, beta, gamma, bias, triton)
+    return y.view(*x.shape[:-1], outputs)

@@ -13,8 +13,12 @@ factors or less is left to autograd. FLOPs: 3 B O I forward, 11 B O I backward.
 
 Measured beside the definition under autograd: `python -m benchmarks neuron_speed`.
 
+On a GPU Triton kernels walk the factors, with tiles of (B, O), (B, I) and (O, I) in registers. Forward is bound by the
+multiplier, 2 instructions a factor; each gradient by the special functions, with one quotient a factor, which a product
+kept with an exponent of its own makes safe (`_nmu_product_triton.py`).
+
 Arithmetic is in float32 at least. Under `torch.func` transforms, and for gradients of gradients, plain differentiable
-torch takes the op's place, and holds (B, O, I). There is no Triton kernel yet: on a GPU the loops below are slow.
+torch takes the op's place, and holds (B, O, I); inside `use_backend("triton")` they raise.
 """
 
 import functools
@@ -24,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
+    DifferentiableOp,
     autocast_dtype,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
     plain_eager,
     under_transform,
@@ -116,8 +122,12 @@ def _factors(x: Tensor, w: Tensor, axes: tuple[int, int], out: Tensor) -> Tensor
 
 
 @without_autocast
-def _forward(x: Tensor, w: Tensor) -> Tensor:
+def _forward(x: Tensor, w: Tensor, triton: bool = False) -> Tensor:
     """y (B, O) of x (B, I) and w (O, I), in x's dtype."""
+    if triton:
+        from archzoo.kernels import _nmu_product_triton
+
+        return _nmu_product_triton.forward(x, w)
     wide = compute_dtype(x, w)
     if _is_small(x, w):
         w = w.to(wide)
@@ -137,22 +147,24 @@ def _forward(x: Tensor, w: Tensor) -> Tensor:
 
 
 @without_autocast
-def _backward(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, w: Tensor, needed: list[bool], triton: bool = False) -> list[Tensor]:
     """dx and dw. What is not needed is not computed, and comes back with no elements."""
+    need_x, need_w = needed
+    if triton:
+        from archzoo.kernels import _nmu_product_triton
+
+        found = _nmu_product_triton.backward(dy, x, w, need_x, need_w)
+        return [empty_if(False, t, dy) if g is None else g for g, t in zip(found, (x, w), strict=True)]
     wide = compute_dtype(x, w)
     if _is_small(x, w):
         return _small_backward(dy.to(wide), x, w, need_x, need_w, wide)
     dx, dw = _gradient(x, need_x, wide), _gradient(w, need_w, wide)
     _tiled_backward(dy, x, w, dx, dw)
-    return dx.to(x.dtype), dw.to(w.dtype)
-
-
-nmu_product_op = torch.library.custom_op("archzoo::nmu_product", mutates_args=())(_forward)
-nmu_product_backward_op = torch.library.custom_op("archzoo::nmu_product_backward", mutates_args=())(_backward)
+    return [dx.to(x.dtype), dw.to(w.dtype)]
 
 
 def _gradient(like: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(like.shape if needed else (0, 0), dtype=dtype, device=like.device)
+    return torch.zeros(like.shape if needed else 0, dtype=dtype, device=like.device)
 
 
 def _extremes(x: Tensor, w: Tensor) -> tuple[float, float]:
@@ -190,14 +202,12 @@ def _others(x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
     return e.mul_(torch.cat([dy, t[..., 1:].flip(-1)], -1).cumprod(-1).flip(-1))
 
 
-def _small_backward(
-    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _small_backward(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, wide: torch.dtype) -> list[Tensor]:
     x_wide, w_wide = x.to(wide)[:, None], w.to(wide)
     e = _others(x_wide, w_wide, dy[..., None])
     dx = (e * w_wide).sum(1).to(x.dtype) if need_x else _gradient(x, False, x.dtype)
     dw = e.mul_(x_wide - 1).sum(0).to(w.dtype) if need_w else _gradient(w, False, w.dtype)
-    return dx, dw
+    return [dx, dw]
 
 
 def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> None:
@@ -239,26 +249,8 @@ def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) ->
                 dw[o, c] += torch.bmm((x_chunk - 1).unsqueeze(1), by_row).squeeze(1).t()
 
 
-@nmu_product_op.register_fake
-def _(x: Tensor, w: Tensor) -> Tensor:
+def _fake(x: Tensor, w: Tensor, triton: bool = False) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
-
-
-@nmu_product_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    return _gradient(x, need_x, x.dtype), _gradient(w, need_w, w.dtype)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True
-        return tuple(differentiable_gradients(_wide_plain, dy, ctx.saved_tensors, ctx.needs_input_grad))
-    backward = _backward if plain_eager(dy) else nmu_product_backward_op
-    found = backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
-    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 
 def _wide_plain(x: Tensor, w: Tensor) -> Tensor:
@@ -275,20 +267,7 @@ def _few(x: Tensor, w: Tensor) -> Tensor:
     return y if dtype == wide else y.to(dtype)
 
 
-nmu_product_op.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The op, where nothing needs to see it as one: half the time of a small problem would go to the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return _forward(x, w)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+nmu_product_op = DifferentiableOp("nmu_product", _forward, _backward, fake=_fake, definition=_wide_plain, tensors=2)
 
 
 @flop_formula(torch.ops.archzoo.nmu_product)
@@ -297,8 +276,8 @@ def _flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
 
 
 @flop_formula(torch.ops.archzoo.nmu_product_backward)
-def _backward_flops(dy: Any, x: Any, w: Any, need_x: bool, need_w: bool, *args: Any, **kwargs: Any) -> int:
-    return int((7 + 2 * need_x + 2 * need_w) * x[0] * w[0] * w[1])
+def _backward_flops(dy: Any, x: Any, w: Any, needed: list[bool], *args: Any, **kwargs: Any) -> int:
+    return int((7 + 2 * sum(needed)) * x[0] * w[0] * w[1])
 
 
 def nmu_product(x: Tensor, w: Tensor) -> Tensor:
@@ -313,7 +292,8 @@ def nmu_product(x: Tensor, w: Tensor) -> Tensor:
         from x and w as they come: autocast rounds the result only, or I rounded factors would make I roundings.
 
     Raises:
-        ValueError: If the shapes do not fit, or x is not floating point.
+        ValueError: If the shapes do not fit, or x is not floating point; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     if w.dim() != 2 or 0 in w.shape:
         raise ValueError(f"w of shape {tuple(w.shape)}: must be (O, I), neither of them 0")
@@ -324,10 +304,11 @@ def nmu_product(x: Tensor, w: Tensor) -> Tensor:
             f"for w of shape {tuple(w.shape)}"
         )
     if under_transform():
-        y = _wide_plain(x, w)
-    elif features <= _FEW and x.numel() * outputs <= _SMALL and plain_eager(x):
+        refuse_triton("nmu_product", "a torch.func transform")
+        return _wide_plain(x, w).to(autocast_dtype(x))
+    triton = takes_triton("nmu_product", x=x, w=w)
+    if features <= _FEW and x.numel() * outputs <= _SMALL and plain_eager(x) and not triton:
         y = _few(x, w)
     else:
-        op = _Eager.apply if plain_eager(x) else nmu_product_op
-        y = op(x.reshape(-1, features), w).view(*x.shape[:-1], outputs)
+        y = nmu_product_op(x.reshape(-1, features), w, triton).view(*x.shape[:-1], outputs)
     return y.to(autocast_dtype(x))

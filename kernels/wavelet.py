@@ -18,24 +18,28 @@ and 26.
 Measured by `python -m benchmarks kan_speed` (CPU, one thread, float32, forward + backward), whose record says how many
 times as long the equation under autograd takes. With one row the calls of torch are what costs: twice its time.
 
+On a GPU Triton kernels walk the edges, with tiles of (N, O), (N, I) and (O, I) in registers, the exponential being 1
+MUFU. That function unit's rate, 3.9e12 a second on an H200, is the floor (`_wavelet_triton.py`).
+
 Arithmetic is in float32 at least. `torch.func` transforms and gradients of gradients go through the definition in plain
-torch, which does hold (N, O, I). There is no Triton kernel yet: on a GPU the loops below are slow.
+torch, which does hold (N, O, I); inside `use_backend("triton")` they raise.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
+    DifferentiableOp,
     autocast_dtype,
     compute_dtype,
-    differentiable_gradients,
+    empty_if,
     flop_formula,
-    plain_eager,
     under_transform,
     without_autocast,
 )
@@ -43,11 +47,11 @@ from archzoo.kernels._op import (
 Wavelet = Literal["mexican_hat", "morlet", "dog"]
 WAVELETS: tuple[str, ...] = get_args(Wavelet)
 
-_FREQUENCY = 5.0  # of the Morlet wavelet, in radians per unit of u
-_FAR = 40.0  # from 38.6 on, exp(-u^2 / 2) is 0 in float64
+FREQUENCY = 5.0  # of the Morlet wavelet, in radians per unit of u
+FAR = 40.0  # from 38.6 on, exp(-u^2 / 2) is 0 in float64
 _EXPONENT = -0.5 / math.log(2)  # exp(-u^2 / 2) = 2^(_EXPONENT u^2)
 _HAT = 2 / (math.sqrt(3) * math.pi**0.25)  # gives the Mexican hat a square that integrates to 1
-_FACTOR = {"mexican_hat": -_HAT, "morlet": 1.0, "dog": -1.0}  # psi is this times what `_evaluate` gives
+FACTOR = {"mexican_hat": -_HAT, "morlet": 1.0, "dog": -1.0}  # psi is this times what `_evaluate` gives
 
 # Edges of a tile: on a CPU 512 KiB of float32. Smaller ones pay for Python, larger ones leave the cache.
 _CPU_TILE, _GPU_TILE = 2**17, 2**23
@@ -63,12 +67,12 @@ def check_wavelet(wavelet: str) -> Wavelet:
 
 def wavelet_reference(u: Tensor, wavelet: str) -> Tensor:
     """psi(u), in plain torch."""
-    u = u.clamp(-_FAR, _FAR)
+    u = u.clamp(-FAR, FAR)
     envelope = torch.exp(-u.square() / 2)
     if wavelet == "mexican_hat":
         return _HAT * (u.square() - 1) * envelope
     if wavelet == "morlet":
-        return torch.cos(_FREQUENCY * u) * envelope
+        return torch.cos(FREQUENCY * u) * envelope
     return -u * envelope
 
 
@@ -101,7 +105,7 @@ class Edges(NamedTuple):
 def as_edges(parameters: Sequence[Tensor], wavelet: str, groups: int = 1) -> Edges:
     """The edges of weight, scale and translation (G · O, ...)."""
     weight, scale, translation = (t.reshape(groups, len(t) // groups, -1, 1) for t in parameters)
-    return Edges(wavelet, weight * _FACTOR[wavelet], scale.reciprocal(), translation)
+    return Edges(wavelet, weight * FACTOR[wavelet], scale.reciprocal(), translation)
 
 
 def _tile_shape(groups: int, outputs: int, inputs: int, rows: int, room: int) -> tuple[int, ...]:
@@ -149,7 +153,7 @@ def _tiles(x: Tensor, edges: Edges, buffers: int) -> Iterator[_Tile]:
             own = [m.view(n, g, o, i).permute(1, 2, 3, 0) for m in flat]
         tile = _Tile(None if shape == sizes else slices, own)
         torch.sub(tile.of(x), tile.of(edges.translation), out=tile.buffers[0])
-        tile.buffers[0].mul_(tile.of(edges.inverse)).clamp_(-_FAR, _FAR)
+        tile.buffers[0].mul_(tile.of(edges.inverse)).clamp_(-FAR, FAR)
         yield tile
 
 
@@ -164,7 +168,7 @@ def _evaluate(wavelet: str, u: Tensor, envelope: Tensor, psi: Tensor, dy: Tensor
     elif wavelet == "dog":
         torch.mul(u, envelope, out=psi)
     else:
-        torch.mul(u, _FREQUENCY, out=psi).cos_().mul_(envelope)
+        torch.mul(u, FREQUENCY, out=psi).cos_().mul_(envelope)
 
 
 def _evaluate_with_slope(
@@ -178,11 +182,11 @@ def _evaluate_with_slope(
         _evaluate(wavelet, u, envelope, psi, dy)
         return envelope.addcmul_(u, psi, value=-1)
     torch.mul(u, u, out=envelope).mul_(_EXPONENT).exp2_().mul_(dy)
-    tangent = torch.mul(u, _FREQUENCY / 2, out=scratch[0]).tan_()
+    tangent = torch.mul(u, FREQUENCY / 2, out=scratch[0]).tan_()
     torch.mul(tangent, tangent, out=psi).add_(1).reciprocal_()  # the squared cosine of half the angle
     sine = tangent.mul_(psi).mul_(2)
     psi.mul_(2).sub_(1).mul_(envelope)
-    return envelope.mul_(sine).mul_(-_FREQUENCY).addcmul_(u, psi, value=-1)
+    return envelope.mul_(sine).mul_(-FREQUENCY).addcmul_(u, psi, value=-1)
 
 
 def edge_sums(x: Tensor, edges: Edges) -> Tensor:
@@ -222,24 +226,46 @@ def add_edge_gradients(dy: Tensor, x: Tensor, edges: Edges, sums: Sums, need_x: 
     return dx
 
 
-def finish(sums: Sums, edges: Edges, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The sums as gradients of weight, scale and translation; without elements where there is none."""
+def finish(sums: Sums, edges: Edges) -> list[Tensor | None]:
+    """The sums as gradients of weight, scale and translation; None where there is none."""
     steepness = edges.weight * edges.inverse
-    factors = (_FACTOR[edges.wavelet], steepness, steepness)
-    return [
-        t.new_empty(0) if total is None else total.mul_(factor).view(t.shape).to(t.dtype)
-        for total, factor, t in zip(sums, factors, parameters, strict=True)
-    ]
+    factors = (FACTOR[edges.wavelet], steepness, steepness)
+    return [None if total is None else total.mul_(factor) for total, factor in zip(sums, factors, strict=True)]
 
 
 # --- Linear -----------------------------------------------------------------------------------------------------------
 
 
+def bias_gradient(bias: Tensor | None, dy: Tensor, needed: bool, wide: torch.dtype) -> Tensor:
+    """The sum of dy (N, O, ...) over all but outputs; without elements if it is not needed."""
+    if bias is None or not needed:
+        return empty_if(False, bias, dy)
+    return dy.sum([axis for axis in range(dy.dim()) if axis != 1], dtype=wide).to(bias.dtype)
+
+
+def as_results(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in shape and dtype of the inputs; without elements where there is none."""
+    return [
+        t.new_empty(0) if g is None else g.reshape(t.shape).to(t.dtype).contiguous()
+        for g, t in zip(found, inputs, strict=True)
+    ]
+
+
 @without_autocast
 def _forward(
-    x: Tensor, weight: Tensor, scale: Tensor, translation: Tensor, bias: Tensor | None, wavelet: str
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    bias: Tensor | None,
+    wavelet: str,
+    triton: bool = False,
 ) -> Tensor:
     """y (N, O) of x (N, I), in x's dtype."""
+    if triton:
+        from archzoo.kernels import _wavelet_triton
+
+        return _wavelet_triton.forward(x[None], _wavelet_triton.edges(x, weight, scale, translation, wavelet), bias)[0]
     wide = compute_dtype(x, weight, scale, translation)
     edges = as_edges([t.to(wide) for t in (weight, scale, translation)], wavelet)
     y = edge_sums(x.to(wide).t()[None, None], edges)[0, :, 0]
@@ -250,86 +276,47 @@ def _forward(
 
 @without_autocast
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, translation: Tensor, wavelet: str, needed: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    bias: Tensor | None,
+    wavelet: str,
+    needed: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
-    """Gradients of x, weight, scale and translation; one that is not needed comes back without elements."""
+    """Gradients of x, weight, scale, translation and bias; one that is not needed comes back without elements."""
     wide = compute_dtype(x, weight, scale, translation)
-    edges = as_edges([t.to(wide) for t in (weight, scale, translation)], wavelet)
-    sums = new_sums(edges, needed[1:])
-    dy = dy.to(wide).t().contiguous()[None, :, None]
-    dx = add_edge_gradients(dy, x.to(wide).t()[None, None], edges, sums, needed[0])
-    return [
-        x.new_empty(0) if dx is None else dx[0, 0].t().to(x.dtype).contiguous(),
-        *finish(sums, edges, (weight, scale, translation)),
-    ]
+    inputs = x, weight, scale, translation
+    found: list[Tensor | None] = [None] * 4
+    if triton:
+        from archzoo.kernels import _wavelet_triton
+
+        found = _wavelet_triton.backward(dy, *inputs, wavelet, needed)
+    elif any(needed[:4]):
+        edges = as_edges([t.to(wide) for t in (weight, scale, translation)], wavelet)
+        sums = new_sums(edges, needed[1:4])
+        rows = dy.to(wide).t().contiguous()[None, :, None]
+        dx = add_edge_gradients(rows, x.to(wide).t()[None, None], edges, sums, needed[0])
+        found = [None if dx is None else dx[0, 0].t(), *finish(sums, edges)]
+    return [*as_results(found, inputs), bias_gradient(bias, dy, needed[4], wide)]
 
 
-wavelet_linear_op = torch.library.custom_op("archzoo::wavelet_linear", mutates_args=())(_forward)
-wavelet_linear_backward_op = torch.library.custom_op("archzoo::wavelet_linear_backward", mutates_args=())(_backward)
-
-
-# --- What torch is told about the operators ---------------------------------------------------------------------------
-
-
-@wavelet_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, translation: Tensor, bias: Tensor | None, wavelet: str) -> Tensor:
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    bias: Tensor | None,
+    wavelet: str,
+    triton: bool = False,
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def fake_gradients(dy: Tensor, *inputs: Any) -> list[Tensor]:
-    """What the backward operators return: the inputs are x, weight, scale, translation, options and what is needed."""
-    return [t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs[:4], inputs[-1], strict=True)]
-
-
-wavelet_linear_backward_op.register_fake(fake_gradients)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
-    *tensors, bias = inputs[:5]
-    ctx.save_for_backward(*tensors)
-    ctx.bias_dtype, ctx.options = None if bias is None else bias.dtype, inputs[5:]
-
-
-def differentiable(
-    op: Any, backward_op: Any, forward: Any, backward: Any, definition: Any, pixels: tuple[int, ...] = ()
-) -> Callable[..., Tensor]:
-    """Gives an operator of x, weight, scale, translation, bias and options its gradients, and returns what to call.
-
-    That is the operator, or where nothing needs to see one its implementation, which a small layer is faster by.
-    """
-
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        needed = list(ctx.needs_input_grad[:4])
-        found: Sequence[Tensor | None] = [None] * 4
-        if any(needed) and torch.is_grad_enabled():  # create_graph=True
-
-            def without_bias(*tensors: Tensor) -> Tensor:
-                return definition(*tensors, None, *ctx.options)
-
-            found = differentiable_gradients(without_bias, dy, ctx.saved_tensors, needed)
-        elif any(needed):
-            found = (backward if plain_eager(dy) else backward_op)(dy, *ctx.saved_tensors, *ctx.options, needed)
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        dbias = dy.sum((0, *pixels), dtype=wide).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-        kept = (g if need else None for g, need in zip(found, needed, strict=True))
-        return *kept, dbias, *[None] * len(ctx.options)
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
-            _setup_context(ctx, inputs)
-            return forward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-            return gradients(ctx, dy)
-
-    op.register_autograd(gradients, setup_context=_setup_context)
-    return lambda x, *inputs: (Eager.apply if plain_eager(x) else op)(x, *inputs)
-
-
-_wavelet_linear = differentiable(
-    wavelet_linear_op, wavelet_linear_backward_op, _forward, _backward, wavelet_linear_reference
+wavelet_linear_op = DifferentiableOp(
+    "wavelet_linear", _forward, _backward, fake=_fake, definition=wavelet_linear_reference, tensors=5
 )
 
 
@@ -340,19 +327,32 @@ _BACKWARD_FLOPS = {"mexican_hat": 6 + 5, "morlet": 6 + 14, "dog": 6 + 3}
 
 
 def backward_flops_per_edge(wavelet: str, needed: Sequence[bool]) -> int:
-    """FLOPs of the needed gradients of x, weight, scale and translation."""
-    need_x, need_weight, need_scale, need_translation = needed
+    """FLOPs of the needed gradients of x, weight, scale and translation; that of the bias is not counted."""
+    need_x, need_weight, need_scale, need_translation = needed[:4]
+    if not any(needed[:4]):
+        return 0
     return _BACKWARD_FLOPS[wavelet] + 2 * need_x + need_weight + 2 * need_scale + need_translation
 
 
 @flop_formula(torch.ops.archzoo.wavelet_linear)
-def _flops(x: Any, weight: Any, scale: Any, translation: Any, bias: Any, wavelet: str, **kwargs: Any) -> int:
+def _flops(
+    x: Any, weight: Any, scale: Any, translation: Any, bias: Any, wavelet: str, *args: Any, **kwargs: Any
+) -> int:
     return FORWARD_FLOPS[wavelet] * x[0] * math.prod(weight)
 
 
 @flop_formula(torch.ops.archzoo.wavelet_linear_backward)
 def _backward_flops(
-    dy: Any, x: Any, weight: Any, scale: Any, translation: Any, wavelet: str, needed: list[bool], **kwargs: Any
+    dy: Any,
+    x: Any,
+    weight: Any,
+    scale: Any,
+    translation: Any,
+    bias: Any,
+    wavelet: str,
+    needed: list[bool],
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     return backward_flops_per_edge(wavelet, needed) * x[0] * math.prod(weight)
 
@@ -391,7 +391,8 @@ def wavelet_linear(
         (*, O) in the dtype of x; under autocast in autocast's. Only the result is rounded to it.
 
     Raises:
-        ValueError: If shapes do not fit, x is not floating point, or the wavelet is unknown.
+        ValueError: If shapes do not fit, x is not floating point, or the wavelet is unknown; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     wavelet = check_wavelet(wavelet)
     check_parameters(weight, scale, translation, bias, "(out, in)")
@@ -401,8 +402,10 @@ def wavelet_linear(
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {features}")
     if under_transform():
+        refuse_triton("wavelet_linear", "a torch.func transform")
         y = wavelet_linear_reference(x, weight, scale, translation, bias, wavelet)
     else:
-        y = _wavelet_linear(x.reshape(-1, features), weight, scale, translation, bias, wavelet)
+        triton = takes_triton("wavelet_linear", x=x, weight=weight, scale=scale, translation=translation, bias=bias)
+        y = wavelet_linear_op(x.reshape(-1, features), weight, scale, translation, bias, wavelet, triton)
         y = y.view(*x.shape[:-1], len(weight))
     return y.to(autocast_dtype(x))

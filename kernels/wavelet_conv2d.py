@@ -2,7 +2,8 @@ r"""Convolutions of wavelets: $y_{op} = b_o + \sum_{c,j} w_{ocj}\, \psi((x_{c,p+
 
 Each tap of each output shifts and stretches the pixels for itself, so the patches that a pixel is in have nothing in
 common: this is `wavelet_linear` on patches, at its cost, gathered for one block of pixels at a time. Kept for the
-backward pass are x and the parameters. Where padding is to add nothing, x is padded by infinity, where psi is 0.
+backward pass are x and the parameters. Where padding is to add nothing, x is padded by infinity, where psi is 0. The
+Triton kernels are those of `wavelet_linear`, with all groups at once.
 """
 
 import math
@@ -14,19 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._conv import blocks, check_input, check_output, output_size, windows
-from archzoo.kernels._op import autocast_dtype, compute_dtype, flop_formula, under_transform, without_autocast
+from archzoo.kernels._op import (
+    DifferentiableOp,
+    autocast_dtype,
+    compute_dtype,
+    flop_formula,
+    under_transform,
+    without_autocast,
+)
+from archzoo.kernels._patches import Patches, unpad
 from archzoo.kernels.basis_conv2d import padding_sides
 from archzoo.kernels.wavelet import (
     FORWARD_FLOPS,
     add_edge_gradients,
     as_edges,
+    as_results,
     backward_flops_per_edge,
+    bias_gradient,
     check_parameters,
     check_wavelet,
-    differentiable,
     edge_sums,
-    fake_gradients,
     finish,
     new_sums,
     wavelet_reference,
@@ -101,8 +111,15 @@ def _forward(
     dilation: list[int],
     groups: int,
     pad_value: float | None,
+    triton: bool = False,
 ) -> Tensor:
     """y (B, O, H', W') of x (B, C, H, W), in x's dtype."""
+    if triton:
+        from archzoo.kernels import _wavelet_triton
+
+        own = _wavelet_triton.edges(x, weight, scale, translation, wavelet, groups)
+        patches = Patches(_pad(x, padding, pad_value), weight.shape[2:], stride, dilation, groups)
+        return patches.map(lambda rows: _wavelet_triton.forward(rows, own, bias))
     wide = compute_dtype(x, weight, scale, translation)
     edges = as_edges([t.to(wide) for t in (weight, scale, translation)], wavelet, groups)
     view = windows(_pad(x.to(wide), padding, pad_value), weight.shape[2:], stride, dilation)
@@ -123,6 +140,7 @@ def _backward(
     weight: Tensor,
     scale: Tensor,
     translation: Tensor,
+    bias: Tensor | None,
     wavelet: str,
     stride: list[int],
     padding: list[int],
@@ -130,11 +148,36 @@ def _backward(
     groups: int,
     pad_value: float | None,
     needed: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
-    """Gradients of x, weight, scale and translation; one that is not needed comes back without elements."""
+    """Gradients of x, weight, scale, translation and bias; one that is not needed comes back without elements."""
+    wide = compute_dtype(x, weight, scale, translation)
+    inputs = (x, weight, scale, translation)
+    found: list[Tensor | None] = [None] * 4
+    if any(needed[:4]):
+        gradients = _triton_gradients if triton else _gradients
+        found = gradients(dy, *inputs, wavelet, stride, padding, dilation, groups, pad_value, needed)
+    return [*as_results(found, inputs), bias_gradient(bias, dy, needed[4], wide)]
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    wavelet: str,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pad_value: float | None,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """Those of x, weight, scale and translation, by blocks of pixels."""
     wide = compute_dtype(x, weight, scale, translation)
     edges = as_edges([t.to(wide) for t in (weight, scale, translation)], wavelet, groups)
-    sums = new_sums(edges, needed[1:])
+    sums = new_sums(edges, needed[1:4])
     padded = _pad(x.to(wide), padding, pad_value)
     view = windows(padded, weight.shape[2:], stride, dilation)
     dx = torch.zeros_like(padded) if needed[0] else None
@@ -147,16 +190,35 @@ def _backward(
             for i, j in product(*map(range, weight.shape[2:])):
                 down, across = (_under(*of) for of in zip((i, j), (h, w), stride, dilation, strict=True))
                 dx[b, :, down, across] += taps[:, i, j]
-    if dx is not None:
-        dx = dx[:, :, padding[0] : padding[0] + x.shape[2], padding[2] : padding[2] + x.shape[3]]
-    return [
-        x.new_empty(0) if dx is None else dx.to(x.dtype).contiguous(),
-        *finish(sums, edges, (weight, scale, translation)),
-    ]
+    return [None if dx is None else unpad(dx, padding, x.shape[2:]), *finish(sums, edges)]
 
 
-wavelet_conv2d_op = torch.library.custom_op("archzoo::wavelet_conv2d", mutates_args=())(_forward)
-wavelet_conv2d_backward_op = torch.library.custom_op("archzoo::wavelet_conv2d_backward", mutates_args=())(_backward)
+def _triton_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    translation: Tensor,
+    wavelet: str,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    pad_value: float | None,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    from archzoo.kernels import _wavelet_triton as kernels
+
+    edges = kernels.edges(x, weight, scale, translation, wavelet, groups)
+    wide = edges.weight.dtype
+    patches = Patches(_pad(x, padding, pad_value), weight.shape[2:], stride, dilation, groups)
+    dx, sums = patches.gradients(
+        dy,
+        (lambda above, rows: kernels.input_gradient(above, rows, edges, wide)) if needed[0] else None,
+        (lambda above, rows: kernels.parameter_sums(above, rows, edges, needed[1:4])) if any(needed[1:4]) else None,
+        wide,
+    )
+    return [None if dx is None else unpad(dx, padding, x.shape[2:]), *kernels.finish(sums or [None] * 3, edges)]
 
 
 def _out_size(
@@ -167,8 +229,7 @@ def _out_size(
     return [output_size(padded[a], weight[2 + a], stride[a], 0, dilation[a]) for a in (0, 1)]
 
 
-@wavelet_conv2d_op.register_fake
-def _(
+def _fake(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -180,13 +241,13 @@ def _(
     dilation: list[int],
     groups: int,
     pad_value: float | None,
+    triton: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], *_out_size(x.shape, weight.shape, stride, padding, dilation))
 
 
-wavelet_conv2d_backward_op.register_fake(fake_gradients)
-_wavelet_conv2d = differentiable(
-    wavelet_conv2d_op, wavelet_conv2d_backward_op, _forward, _backward, wavelet_conv2d_reference, pixels=(2, 3)
+wavelet_conv2d_op = DifferentiableOp(
+    "wavelet_conv2d", _forward, _backward, fake=_fake, definition=wavelet_conv2d_reference, tensors=5
 )
 
 
@@ -199,9 +260,9 @@ def _conv_flops(
 
 @flop_formula(torch.ops.archzoo.wavelet_conv2d_backward)
 def _conv_backward_flops(
-    dy: Any, x: Any, weight: Any, scale: Any, translation: Any, wavelet: str, *geometry: Any, **kwargs: Any
+    dy: Any, x: Any, weight: Any, scale: Any, translation: Any, bias: Any, wavelet: str, *rest: Any, **kwargs: Any
 ) -> int:
-    return backward_flops_per_edge(wavelet, geometry[-1]) * x[0] * math.prod(weight) * math.prod(dy[2:])
+    return backward_flops_per_edge(wavelet, rest[5]) * x[0] * math.prod(weight) * math.prod(dy[2:])
 
 
 def wavelet_conv2d(
@@ -237,7 +298,8 @@ def wavelet_conv2d(
         (B, O, H', W') or (O, H', W'), in the dtype of x; under autocast in autocast's.
 
     Raises:
-        ValueError: If shapes do not fit, x is not floating point, or the wavelet is unknown.
+        ValueError: If shapes do not fit, x is not floating point, or the wavelet is unknown; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     wavelet = check_wavelet(wavelet)
     check_parameters(weight, scale, translation, bias, "(out, in / groups, height, width)")
@@ -247,6 +309,12 @@ def wavelet_conv2d(
     images = x if x.dim() == 4 else x.unsqueeze(0)
     geometry = list(stride), padding_sides(padding, weight.shape[2:], dilation), list(dilation)
     check_output(x, _out_size(images.shape, weight.shape, *geometry))
-    op = wavelet_conv2d_reference if under_transform() else _wavelet_conv2d
-    y = op(images, weight, scale, translation, bias, wavelet, *geometry, groups, pad_value).to(autocast_dtype(x))
+    if under_transform():
+        refuse_triton("wavelet_conv2d", "a torch.func transform")
+        y = wavelet_conv2d_reference(images, weight, scale, translation, bias, wavelet, *geometry, groups, pad_value)
+    else:
+        triton = takes_triton("wavelet_conv2d", x=x, weight=weight, scale=scale, translation=translation, bias=bias)
+        parameters = weight, scale, translation, bias
+        y = wavelet_conv2d_op(images, *parameters, wavelet, *geometry, groups, pad_value, triton)
+    y = y.to(autocast_dtype(x))
     return y if x.dim() == 4 else y.squeeze(0)

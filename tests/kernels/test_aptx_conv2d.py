@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import aptx_conv2d as module
 from archzoo.kernels.aptx_conv2d import (
     aptx_conv2d,
-    aptx_conv2d_backward_op,
     aptx_conv2d_op,
     aptx_conv2d_reference,
 )
@@ -254,9 +253,9 @@ def test_ops_pass_opcheck(geometry, dtype):
     inputs, dy, how = problem(*GEOMETRIES[geometry], dtype=dtype, parameters=torch.float32)
     lists = (*as_lists(how, inputs[3].shape[2:]), how["groups"])
     for flags in ([True] * 5, [True, False, False, True, False], [False, True, True, False, True]):
-        opcheck(aptx_conv2d_backward_op, (dy, *inputs, *lists, flags))
-    opcheck(aptx_conv2d_op, (inputs[0], None, *inputs[2:4], None, *lists))
-    opcheck(aptx_conv2d_op, (*(t.requires_grad_() for t in inputs), *lists))
+        opcheck(aptx_conv2d_op.backward_op, (dy, *inputs, *lists, flags))
+    opcheck(aptx_conv2d_op.op, (inputs[0], None, *inputs[2:4], None, *lists))
+    opcheck(aptx_conv2d_op.op, (*(t.requires_grad_() for t in inputs), *lists))
 
 
 def test_transforms_of_torch_func_go_through_the_definition():

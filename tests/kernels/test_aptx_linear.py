@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from archzoo.kernels import aptx_linear as module
-from archzoo.kernels.aptx_linear import aptx_linear, aptx_linear_backward_op, aptx_linear_op, aptx_linear_reference
+from archzoo.kernels.aptx_linear import aptx_linear, aptx_linear_op, aptx_linear_reference
 from tests.helpers import rms, rms_error, run_python, value_and_grads
 
 BOUNDS = {  # forward, gradient of x, gradients summed over a batch
@@ -230,7 +230,7 @@ def test_gradients_pass_gradcheck_twice(groups, with_alpha):
 def test_only_gradients_asked_for_are_computed(groups, wanted):
     inputs, dy = problem((7,), 3, 4, groups)
     truth = value_and_grads(aptx_linear, inputs, dy)[1:]
-    found = aptx_linear_backward_op(dy, *inputs, [i == wanted for i in range(5)])
+    found = aptx_linear_op.backward_op(dy, *inputs, [i == wanted for i in range(5)])
     for i, (out, want) in enumerate(zip(found, truth, strict=True)):
         assert out.numel() == (want.numel() if i == wanted else 0)
     assert rms_error(found[wanted], truth[wanted]) < 1e-13
@@ -256,9 +256,9 @@ def test_ops_pass_opcheck(groups, with_alpha, rows, dtype):
     inputs, dy = problem((rows,), 3, 4, groups, dtype, parameters=torch.float32)
     inputs = [t if i != 1 or with_alpha else None for i, t in enumerate(inputs)]
     for needed in ([True, with_alpha, True, True, True], [False, False, True, False, False]):
-        opcheck(aptx_linear_backward_op, (dy, *inputs, needed))
-    opcheck(aptx_linear_op, (*inputs[:4], None))
-    opcheck(aptx_linear_op, [None if t is None else t.requires_grad_() for t in inputs])
+        opcheck(aptx_linear_op.backward_op, (dy, *inputs, needed))
+    opcheck(aptx_linear_op.op, (*inputs[:4], None))
+    opcheck(aptx_linear_op.op, [None if t is None else t.requires_grad_() for t in inputs])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports

@@ -16,12 +16,11 @@ from archzoo.kernels import wavelet_conv2d as conv_module
 from archzoo.kernels.wavelet import (
     WAVELETS,
     wavelet_linear,
-    wavelet_linear_backward_op,
     wavelet_linear_op,
     wavelet_linear_reference,
     wavelet_reference,
 )
-from archzoo.kernels.wavelet_conv2d import wavelet_conv2d, wavelet_conv2d_backward_op, wavelet_conv2d_op
+from archzoo.kernels.wavelet_conv2d import wavelet_conv2d, wavelet_conv2d_op
 from tests.helpers import rms, rms_error, value_and_grads
 
 BOUNDS = {  # forward, gradient of x, gradients summed over a batch
@@ -273,7 +272,7 @@ def test_gradients_pass_gradcheck_twice(wavelet, with_bias):
 def test_only_gradients_asked_for_are_computed(wanted, wavelet):
     (*inputs, bias), dy = problem((7,), 3, 4)
     truth = value_and_grads(of(wavelet), inputs, dy)[1:]
-    found = wavelet_linear_backward_op(dy, *inputs, wavelet, [i == wanted for i in range(4)])
+    found = wavelet_linear_op.backward_op(dy, *inputs, None, wavelet, [i == wanted for i in range(5)])[:4]
     for i, (out, want) in enumerate(zip(found, truth, strict=True)):
         assert out.numel() == (want.numel() if i == wanted else 0)
     assert rms_error(found[wanted], truth[wanted]) < 1e-13
@@ -300,10 +299,10 @@ def test_functional_transforms_go_through_the_definition():
 @pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (0, torch.bfloat16)], ids=str)
 def test_ops_pass_opcheck(wavelet, rows, dtype):
     (*inputs, bias), dy = problem((rows,), 3, 4, dtype, torch.float32)
-    for needed in ([True] * 4, [False, False, True, False]):
-        opcheck(wavelet_linear_backward_op, (dy, *inputs, wavelet, needed))
-    opcheck(wavelet_linear_op, (*inputs, None, wavelet))
-    opcheck(wavelet_linear_op, (*(t.requires_grad_() for t in (*inputs, bias)), wavelet))
+    for needed in ([True] * 5, [False, False, True, False, False]):
+        opcheck(wavelet_linear_op.backward_op, (dy, *inputs, bias, wavelet, needed))
+    opcheck(wavelet_linear_op.op, (*inputs, None, wavelet))
+    opcheck(wavelet_linear_op.op, (*(t.requires_grad_() for t in (*inputs, bias)), wavelet))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
@@ -311,9 +310,9 @@ def test_ops_pass_opcheck(wavelet, rows, dtype):
 def test_ops_of_a_convolution_pass_opcheck(rows, dtype):
     conv = randn(rows, 4, 4, 3, dtype=dtype), *(t.requires_grad_() for t in parameters(6, 2, 3, 2, dtype=torch.float32))
     geometry = [2, 1], [1, 1, 0, 1], [1, 1], 2, None
-    opcheck(wavelet_conv2d_op, (*conv, "morlet", *geometry))
+    opcheck(wavelet_conv2d_op.op, (*conv, "morlet", *geometry))
     dy = randn(rows, 6, 2, 3, dtype=dtype)
-    opcheck(wavelet_conv2d_backward_op, (dy, *(t.detach() for t in conv[:4]), "morlet", *geometry, [True] * 4))
+    opcheck(wavelet_conv2d_op.backward_op, (dy, *(t.detach() for t in conv), "morlet", *geometry, [True] * 5))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
