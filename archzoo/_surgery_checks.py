@@ -1,33 +1,39 @@
 """What a swap must not break in silence: hooks, ties, parametrizations, and code that goes past a layer's forward."""
 
-from collections.abc import Iterable
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from archzoo._surgery_adapters import HOOKS
+from archzoo._surgery_attention import MixedAttention, turn_caches_off
+from archzoo._surgery_measure import Measured
 from archzoo._surgery_sites import Site
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_FACTS = ("dtype", "device", "shape", "size", "requires_grad")
+"""Of a weight, that need not be its numbers."""
 
 
-def refusals(model: nn.Module, sites: Iterable[Site]) -> list[str]:
-    """Why modules cannot be replaced, each with its name; finds the adapters of those that can."""
+def refusals(model: nn.Module, sites: Iterable[Site], tried: bool) -> list[str]:
+    """Why modules cannot be replaced, each with its name; finds the adapters of those that can.
+
+    Args:
+        model: The model.
+        sites: The modules.
+        tried: Whether a run will show which of them are called.
+    """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -37,6 +43,8 @@ def refusals(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     found = []
     for site in sites:
         why = _refusal(site, owners, wrappers)
+        if not why and not tried and (reader := _reader(site)):
+            why = f"{reader} reads its weight, perhaps without calling it; give a batch as calibration, which will tell"
         if not why:
             try:
                 site.prepare()
@@ -45,6 +53,52 @@ def refusals(model: nn.Module, sites: Iterable[Site]) -> list[str]:
         if why:
             found.append(f"{site.name}: {why}")
     return found
+
+
+def never_called(sites: Iterable[Site], measured: Measured) -> list[str]:
+    """Which modules have a reader of their weight, and were not called in a run of the model."""
+    return [
+        f"{site.name}: {reader} reads its weight and does not call it, so that no other layer could stand there"
+        for site in sites
+        if not measured.calls[site.module] and (reader := _reader(site))
+    ]
+
+
+def _reader(site: Site) -> str:
+    """The module around that reads weight or bias of this one by itself, as its forward's source says; or ""."""
+    for parent, key in site.slots:
+        if parent is None or isinstance(parent, nn.TransformerEncoderLayer):  # whose fast path `settings` turns off
+            continue
+        cls: Any = type(parent)
+        if key in _read_by(cls):
+            return str(cls.__name__)
+    return ""
+
+
+@functools.cache
+def _read_by(cls: Any) -> frozenset[str]:
+    """The attributes of which a class's forward, or a method that this calls, takes the weight or the bias itself."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        method = getattr(cls, name, None)
+        if name in seen or not inspect.isfunction(method):
+            continue
+        seen.add(name)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method))))
+        except (OSError, TypeError, SyntaxError):  # made without a source
+            continue
+        harmless = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in _FACTS}
+        for node in ast.walk(tree):
+            match node:
+                case ast.Attribute(ast.Attribute(ast.Name("self"), key), "weight" | "bias") if node not in harmless:
+                    found.add(key)
+                case ast.Call(ast.Attribute(ast.Name("self"), key)):
+                    waiting.append(key)
+    return frozenset(found)
 
 
 def _wraps(module: nn.Module) -> bool:
@@ -78,7 +132,7 @@ def _refusal(
                 return f"{what} has the hook {type(hook).__name__}, which makes its weight anew; remove it first"
         if "forward" in vars(module):
             return f"the forward of {what} was exchanged for another, which would be lost; put its own back first"
-        lost = _STATE_HOOKS if module is site.module else _HOOKS + _STATE_HOOKS
+        lost = _STATE_HOOKS if module is site.module else HOOKS + _STATE_HOOKS
         for name in lost:
             if getattr(module, name):
                 return f"{what} has {name.strip('_').replace('_', ' ')}, which would be lost; remove them first"
@@ -107,7 +161,7 @@ def dress(site: Site, new: nn.Module) -> None:
     old = site.module
     if old in new.modules():  # an old one in a wrapper keeps what it has
         return
-    for name in _HOOKS:
+    for name in HOOKS:
         theirs, own = getattr(old, name), getattr(new, name)
         if own and own is not theirs:
             if theirs:
@@ -130,17 +184,21 @@ def _freeze(old: nn.Module, new: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-Setting = tuple[nn.Module, str, Any]
+Setting = tuple[Any, str, Any]
 
 
-def settings(model: nn.Module, sites: Iterable[Site]) -> list[Setting]:
-    """Attributes to set, (module, name, value), so that code that goes past the new layers' forward is not taken.
+def settings(model: nn.Module, pairs: Sequence[tuple[Site, nn.Module]]) -> list[Setting]:
+    """Attributes to set, (object, name, value), so that code that goes past the new layers' forward is not taken.
 
     `nn.TransformerEncoderLayer` has a fast path for inference that reads the weights of the linear layers in it, and
-    `nn.TransformerEncoder` one with nested tensors.
+    `nn.TransformerEncoder` one with nested tensors. Models of transformers keep a cache unless told not to.
     """
-    layers = {parent for site in sites for parent, _ in site.slots if isinstance(parent, nn.TransformerEncoderLayer)}
+    parents = {parent for site, _ in pairs for parent, _ in site.slots}
+    layers = {parent for parent in parents if isinstance(parent, nn.TransformerEncoderLayer)}
     stacks = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and layers & set(m.modules())]
-    return [(layer, "activation_relu_or_gelu", 0) for layer in layers] + [
-        (stack, "use_nested_tensor", False) for stack in stacks
+    mixed = any(isinstance(new, MixedAttention) for _, new in pairs)
+    return [
+        *((layer, "activation_relu_or_gelu", 0) for layer in layers),
+        *((stack, "use_nested_tensor", False) for stack in stacks),
+        *(turn_caches_off(model.modules()) if mixed else ()),
     ]

@@ -1,7 +1,5 @@
 """Hidden widths that a swap may change: two replaced layers with nothing but elementwise functions between them."""
 
-import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,28 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from archzoo._surgery_elementwise import is_elementwise, of_module
 from archzoo._surgery_sites import Site
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """The outputs of one new layer, which are the inputs of another and go nowhere else: their number is free."""
+    """A width that is free: outputs of one new layer that are the inputs of another and go nowhere else.
+
+    Or a width inside one new module, which is source and target then.
+    """
 
     source: Site
     target: Site
     width: int
     """In the original."""
+    splits: bool = False
+    """Whether to choose it makes two layers of one."""
 
 
 def find_links(sites: Sequence[Site]) -> list[Link]:
-    """The hidden widths between the layers that are replaced, as `hidden` of fc1 -> act -> fc2.
+    """The hidden widths of the layers that are replaced, as `hidden` of fc1 -> act -> fc2.
 
     Two layers are linked if the module around them passes the output of the first to the second through elementwise
     functions alone, and nowhere else. That is read off its forward, which torch.fx follows without numbers; where that
     cannot be, as with a forward that asks for its input's shape, off its attributes: at least one module that is
     elementwise, and no other, stands between the two. A function is elementwise if a change of one number of its input
     changes nothing but that number of its output, which is tried. Layers that stand at several places, and convolutions
-    in groups, keep their sizes.
+    in groups, keep their sizes. Last come the widths inside single modules, as of a whole perceptron.
     """
     by_owner: dict[nn.Module, dict[nn.Module, Site]] = {}
     for site in sites:
@@ -48,7 +52,22 @@ def find_links(sites: Sequence[Site]) -> list[Link]:
             width = source.arguments[source.adapter.outputs]
             if source.adapter.axis == target.adapter.axis and width == target.arguments[target.adapter.inputs]:
                 links.append(Link(source, target, width))
-    return links
+    return links + [link for link in _inner_widths(sites) if not link.splits]
+
+
+def find_splits(sites: Sequence[Site], links: Sequence[Link]) -> list[Link]:
+    """The widths through which a single layer may be split in two, of layers with no width that is free already."""
+    linked = {site for link in links for site in (link.source, link.target)}
+    return [link for link in _inner_widths(sites) if link.splits and link.source not in linked]
+
+
+def _inner_widths(sites: Sequence[Site]) -> Iterator[Link]:
+    for site in sites:
+        adapter = site.adapter
+        if adapter and adapter.inner and adapter.inner not in site.target.options:
+            width = adapter.inner_width(site.module)
+            if width:
+                yield Link(site, site, width, adapter.splits)
 
 
 class _Around(fx.Tracer):
@@ -75,16 +94,16 @@ def _follow(owner: nn.Module, inside: dict[nn.Module, Site]) -> Iterator[tuple[n
         axis = _axis(inside[module])
         here = node
         while len(here.users) == 1:
-            here = next(iter(here.users))
+            before, here = here, next(iter(here.users))
             inputs = [arg for arg in (*here.args, *here.kwargs.values()) if isinstance(arg, fx.Node)]
-            if len(inputs) != 1 or not here.args or here.args[0] is not inputs[0]:
+            if not here.args or here.args[0] is not before:
                 break
             reached = modules.get(here)
             if reached in inside:
                 if called.count(reached) == 1:
                     yield module, reached
                 break
-            if not _is_elementwise(_function(here, reached), axis):
+            if len(inputs) != 1 or not is_elementwise(_function(here, reached), axis):
                 break
 
 
@@ -95,11 +114,16 @@ def _neighbours(owner: nn.Module, inside: dict[nn.Module, Site]) -> Iterator[tup
         if module in inside:
             if source is not None and between:
                 yield source, module
-            source, between = module, 0
-        elif source is not None and module is not None and _is_elementwise(_of_module(module), _axis(inside[source])):
+            source, between = module, int(_ends_in_function(inside[module]))
+        elif source is not None and module is not None and is_elementwise(of_module(module), _axis(inside[source])):
             between += 1
         else:
             source = None
+
+
+def _ends_in_function(site: Site) -> bool:
+    assert site.adapter is not None
+    return site.adapter.activated(site.module)
 
 
 def _axis(site: Site) -> int:
@@ -110,49 +134,8 @@ def _axis(site: Site) -> int:
 def _function(node: fx.Node, module: nn.Module | None) -> Callable[[Tensor], Any] | None:
     """What a node of a graph computes of its first argument."""
     if module is not None:
-        return _of_module(module)
+        return of_module(module)
     function = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
     if node.op not in ("call_method", "call_function") or not callable(function):
         return None
     return lambda x: function(x, *node.args[1:], **node.kwargs)
-
-
-def _of_module(module: nn.Module) -> Callable[[Tensor], Any] | None:
-    """A module's forward in evaluation, without its hooks; None if it has more than single numbers to learn."""
-    tensors = (*module.parameters(), *module.buffers())
-    if any(t.numel() != 1 for t in tensors) or inspect.isabstract(type(module)):
-        return None
-    twin = copy.deepcopy(module).eval()
-    if tensors:
-        twin = twin.float().to_empty(device="cpu")
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.detach().fill_(0.25)
-    return twin.forward
-
-
-@torch.no_grad()
-def _is_elementwise(function: Callable[[Tensor], Any] | None, axis: int) -> bool:
-    """Whether each number of the output comes from that number of the input alone, at any width."""
-    if function is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    for width in (3, 5):
-        shape = [2, width, 4, 4] if axis == -3 else [2, 4, width]
-        x = torch.randn(shape, generator=generator)
-        other = x.clone()
-        other.flatten()[1] += 1.0
-        try:
-            y, changed = _seeded(function, x), _seeded(function, other)
-        except Exception:  # not made for this input
-            return False
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            return False
-        if not torch.equal(y.flatten()[[0, *range(2, x.numel())]], changed.flatten()[[0, *range(2, x.numel())]]):
-            return False
-    return True
-
-
-def _seeded(function: Callable[[Tensor], Any], x: Tensor) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # so that dropout drops the same
-        return function(x.clone())

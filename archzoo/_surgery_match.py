@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from archzoo._surgery_links import Link, find_links
+from archzoo._surgery_links import Link, find_links, find_splits
 from archzoo._surgery_measure import Measured, flops_of_calls, resized
 from archzoo._surgery_sites import Site
 from archzoo.budget import LARGEST_VALUE, Match, count_parameters, match_option, match_widths
@@ -41,16 +41,25 @@ class Fit:
         """The sizes of the layer at a site that are not the original's."""
         found = {}
         for link, width in self.widths.items():
-            for end, key in ((link.source, "outputs"), (link.target, "inputs")):
-                if end is site and width != link.width:
+            if width == link.width and not link.splits:
+                continue
+            inside = link.source is link.target
+            for end, key in (
+                (link.source, "inner" if inside else "outputs"),
+                (link.target, "inner" if inside else "inputs"),
+            ):
+                if end is site:
                     found[getattr(site.adapter, key)] = width
         return found
 
     def __str__(self) -> str:
         texts = [f"{self.option}={self.value} of {self.layer}"] if self.option else []
-        changed = sorted({(link.width, width) for link, width in self.widths.items()})
+        changed = sorted({(link.width, width) for link, width in self.widths.items() if not link.splits})
         if changed:
             texts.append("hidden widths " + ", ".join(f"{before} -> {after}" for before, after in changed))
+        splits = sorted({width for link, width in self.widths.items() if link.splits})
+        if splits:
+            texts.append(f"layers of two, through {', '.join(map(str, splits))}")
         return ", ".join(texts)
 
 
@@ -84,6 +93,8 @@ class Costs:
                 raise TypeError(f"{site.name}: {error}") from error
         if self.match == "flops" and self.measured is not None:
             for link, width in fit.widths.items():
+                if link.source is link.target:
+                    continue
                 between = self.measured.between.get((link.source.module, link.target.module), 0)
                 count += between * width // link.width - between
         return count
@@ -125,7 +136,8 @@ def fit(costs: Costs, *, options_first: bool) -> Fit:
     """What to change of the new layers so that the model costs what it did, within `TOLERANCE`.
 
     Nothing, if that will do; else the hidden widths, all by one factor, or as nearly so as it takes; else one option of
-    one layer that is a whole number and was not given; else widths and such an option.
+    one layer that is a whole number and was not given; else widths and such an option; else, if that
+    is too many, the hidden widths and those of layers that are split in two, and an option too.
 
     Args:
         costs: What the model costs.
@@ -144,6 +156,8 @@ def fit(costs: Costs, *, options_first: bool) -> Fit:
         refused = error
     moves = [_widths(costs, steps, Fit()), _options(costs)]
     moves = [*(reversed(moves) if options_first else moves), _both(costs, steps)]
+    if seen and seen[0].count > costs.total:
+        moves.append(_split(costs, steps))
     for found in itertools.chain(*moves) if not _near(seen, costs) else ():
         seen.append(found)
         if _near([found], costs):
@@ -152,6 +166,7 @@ def fit(costs: Costs, *, options_first: bool) -> Fit:
         assert refused is not None
         raise refused
     best = min(seen, key=lambda found: abs(found.count - costs.total))
+    best = _nearest_neighbour(costs, best)
     if not _near([best], costs):
         what = "parameters" if costs.match == "params" else "FLOPs"
         how = str(best) if best.option or best.widths else "as the layers are"
@@ -165,6 +180,23 @@ def fit(costs: Costs, *, options_first: bool) -> Fit:
 
 def _near(fits: Sequence[Fit], costs: Costs) -> bool:
     return any(abs(found.count - costs.total) <= TOLERANCE * costs.total for found in fits)
+
+
+def _nearest_neighbour(costs: Costs, fit: Fit) -> Fit:
+    """The fit; where it is not near, what comes of changing single widths by a step while that brings it nearer."""
+    steps = {link: step for link in fit.widths if (step := _steps(costs, list(fit.widths), link))}
+    while not _near([fit], costs):
+        found = fit
+        for link, (low, each) in steps.items():
+            for width in (fit.widths[link] - each, fit.widths[link] + each):
+                other = replace(fit, widths={**fit.widths, link: width})
+                count = costs.try_count(other) if width >= low else None
+                if count is not None and abs(count - costs.total) < abs(found.count - costs.total):
+                    found = replace(other, count=count)
+        if found is fit:
+            break
+        fit = found
+    return fit
 
 
 def _steps(costs: Costs, links: Sequence[Link], link: Link) -> tuple[int, int] | None:
@@ -231,21 +263,30 @@ def _both(costs: Costs, steps: Mapping[Link, tuple[int, int]]) -> Iterator[Fit]:
             yield from _widths(costs, steps, Fit(layer=entry.name, option=option, value=value))
 
 
+def _split(costs: Costs, steps: Mapping[Link, tuple[int, int]]) -> Iterator[Fit]:
+    """The nearest widths where layers that have none are split in two, which saves; then with other options."""
+    splits = find_splits(costs.sites, list(steps))
+    more = dict(steps) | {link: step for link in splits if (step := _steps(costs, splits, link))}
+    if len(more) > len(steps):
+        yield from _widths(costs, more, Fit())
+        yield from _both(costs, more)
+
+
 def _option(costs: Costs, entry: LayerEntry, option: str) -> Iterator[Fit]:
     def count(value: int) -> int | None:
         return costs.try_count(Fit(layer=entry.name, option=option, value=value))
 
-    small = [c for c in map(count, range(1, 33)) if c is not None][:2]
-    if len(small) < 2 or small[0] == small[1]:
+    allowed = ((value, c) for value in range(1, 33) if (c := count(value)) is not None)
+    small = list(itertools.islice(allowed, 2))
+    if not small or (len(small) == 2 and small[0][1] == small[1][1]):
         return
-    if small[0] > small[1]:  # as n of a hypercomplex layer: few values are allowed, so all are tried
+    if len(small) == 1 or costs.total < small[0][1] < small[1][1]:
+        yield Fit(layer=entry.name, option=option, value=small[0][0], count=small[0][1])
+        return
+    if small[0][1] > small[1][1]:  # as n of a hypercomplex layer: few values are allowed, so all are tried
         tried = {value: c for value in range(1, 257) if (c := count(value)) is not None}
         value = min(tried, key=lambda v: abs(tried[v] - costs.total))
         yield Fit(layer=entry.name, option=option, value=value, count=tried[value])
-        return
-    if costs.total < small[0]:
-        value = next(v for v in range(1, 33) if count(v) is not None)
-        yield Fit(layer=entry.name, option=option, value=value, count=small[0])
         return
     match: Match = match_option(count, option, costs.total, TOLERANCE, ())
     assert match.value is not None

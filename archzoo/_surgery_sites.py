@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from archzoo._surgery_adapters import Adapter, find_adapter, first_tensor
+from archzoo._surgery_adapters import Adapter, Make, find_adapter, first_tensor
 from archzoo.layers.start import Start
 from archzoo.names import suggest
-from archzoo.registry import LayerEntry, create_layer, get_layer
+from archzoo.registry import LayerEntry, get_layer
 
 Predicate = Callable[[str, nn.Module], bool]
 Factory = Callable[[nn.Module], nn.Module]
@@ -80,11 +80,8 @@ class Site:
             assert self.made is not None
             return self.made
 
-        def make(**arguments: Any) -> nn.Module:
-            return create_layer(entry.name, **arguments)
-
         arguments = {**self.arguments, **options, **sizes} | ({"device": device} if device else {})
-        return adapter.build(make, self.module, arguments)
+        return adapter.build(Make(entry), self.module, arguments)
 
     def start(self, options: Mapping[str, Any]) -> Start[nn.Module]:
         """The new module, as near to the trained one as it can start; a ValueError if it cannot."""

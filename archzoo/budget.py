@@ -130,7 +130,7 @@ def measure_cost(model: nn.Module, batch: Tensor, loss: Callable[[Tensor], Tenso
 
     The model is run forward and backward once, in its present mode: give a copy if it has state that this would change.
     """
-    flops = count_flops(model, batch[:1])
+    flops = _flops_of_one(model, batch[:1])
     traffic = _Traffic()
     with torch.enable_grad(), _kept_bytes(model) as kept:
         with traffic:
@@ -140,6 +140,18 @@ def measure_cost(model: nn.Module, batch: Tensor, loss: Callable[[Tensor], Tenso
         with traffic:
             torch.autograd.grad(value, parameters, allow_unused=True)
     return Cost(count_parameters(model), flops, saved, traffic.bytes)
+
+
+def _flops_of_one(model: nn.Module, example: Tensor) -> int:
+    try:
+        return count_flops(model, example)
+    except ValueError:  # in training, batch norm has no statistics of one example with a map of 1 x 1
+        modes = {module: module.training for module in model.modules()}
+        try:
+            return count_flops(model.eval(), example)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 LARGEST_VALUE = 2**20

@@ -82,7 +82,7 @@ class Registry(Generic[Item]):
             raise ValueError(f"{self.what} {name!r} is not registered; {suggest(name, self.names())}")
         return self._items[name]
 
-    def create(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def create(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Calls the item of that name; a TypeError that names the argument it does not have."""
         item = self.get(name)
         check_arguments(f"{self.what} {name!r}", item, args, kwargs)

@@ -26,6 +26,25 @@ Trained weights are kept where a layer can start from them, and a batch says how
 >>> report = archzoo.swap(model, {nn.Linear: "paon"}, init="from_original", calibration=x)
 >>> [(row.name, row.start) for row in report.swaps]
 [('0.1', 'exact'), ('0.3', 'exact'), ('1', 'exact')]
+
+A rule may name what is larger than a layer, and the kind of layer says what becomes of it. Linear layers take a whole
+perceptron, gated or not, and `conv2d` layers one of 1x1 convolutions; its activation goes if they bend their input by
+themselves. A mixer takes self-attention; `capsules` take the linear layer that a classifier ends with. Structures are
+known by their parts, so that the same rules serve the families of timm and of transformers:
+
+>>> import timm
+>>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+>>> rules = {"blocks.*.mlp": "kan", "blocks.*.attn": "mamba", "head": "capsules"}
+>>> report = archzoo.swap(vit, rules)
+>>> [(row.name, row.original, f"{row.layer}({row.sizes})") for row in report.swaps[1:3]]
+[('blocks.0.mlp', 'Mlp(32 -> 128 -> 32)', 'kan(32 -> 128 -> 32)'), ('blocks.1.attn', 'Attention(32)', 'mamba(32)')]
+>>> vit(torch.randn(1, 3, 32, 32)).shape
+torch.Size([1, 1000])
+
+In models of transformers these are `"transformer.h.*.mlp"` of GPT-2, `"model.layers.*.mlp"` and
+`"model.layers.*.self_attn"` of Llama, and `"*.intermediate"` and `"*.output"`, the two halves of BERT's perceptrons,
+behind `{"*.attention.*": None}`. A mixer there keeps no cache: `config.use_cache` is turned off. What is no such
+structure is refused, with the reason.
 """
 
 from collections.abc import Mapping
@@ -37,7 +56,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from archzoo._surgery_adapters import Adapter, register_adapter
-from archzoo._surgery_checks import Setting, dress, refusals, settings
+from archzoo._surgery_checks import Setting, dress, never_called, refusals, settings
 from archzoo._surgery_match import TOLERANCE, Costs, Fit, fit
 from archzoo._surgery_measure import Measured, measure, output_errors
 from archzoo._surgery_optimizer import Regrouping, check_optimizer, regroup
@@ -174,13 +193,20 @@ def swap(
     options)`, to a function of the module that returns the new one, ready for use, or to None: what it matches stays.
     What is inside a module that is replaced goes with it.
 
+    **Structures.** A layer of kind `linear` takes the place of `nn.Linear`, transformers' `Conv1D`, or a perceptron of
+    one to three of these; of kind `conv2d` that of `nn.Conv2d`, timm's variants of it, or a perceptron of 1x1 ones; of
+    kind `mixer` that of self-attention (in both directions where that has no causal mask); `capsules` that of a
+    classifier's linear layer. `register_adapter` adds others. A new convolution pads as the old one does, does not
+    standardise its weight, and starts from the standardised one.
+
     **What is kept.** Sizes, bias, device, dtype and training mode; which parameters are frozen; forward and backward
     hooks, with their handles. A module that stands at several places is replaced once, and stands at all of them again.
     `nn.TransformerEncoderLayer` is kept off its fast path, which goes past the layers in it.
 
     **What is refused**, because it would break in silence: weights that are tied to others'; parametrized layers
     (`remove_parametrizations` first); subclasses with a forward of their own; parts of `nn.MultiheadAttention`; hooks
-    on parameters and on state dicts; what `DistributedDataParallel` has wrapped, or TorchScript has compiled.
+    on parameters and on state dicts; what `DistributedDataParallel` has wrapped, or TorchScript has compiled; a layer
+    whose weight the module around it reads by itself, unless a calibration batch shows that it is called too.
 
     **Counts.** With `match` the whole model keeps its parameters or its FLOPs within 1 %. Where two replaced layers
     follow each other with nothing but elementwise functions between them, as `fc1 -> act -> fc2`, the width between
@@ -216,12 +242,12 @@ def swap(
     sites, unmatched = find_sites(model, parsed)
     if unmatched and not allow_unmatched:
         raise ValueError(f"rules: {unmatched_message(model, unmatched)}")
-    if problems := refusals(model, sites):
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{'; '.join(problems[:5])}{more}. Nothing was changed")
+    _refuse(refusals(model, sites, tried=calibration is not None))
 
     modules = [site.module for site in sites]
     before = _measure(model, modules, calibration, "the model does not run on it") if calibration is not None else None
+    if before is not None:
+        _refuse(never_called(sites, before))
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices, enabled=dry_run):
         for site in sites:
@@ -230,7 +256,7 @@ def swap(
         pairs, rows = _build(sites, found, init)
         if calibration is not None and init == "from_original":
             _compare(model, pairs, rows, calibration)
-    operation = _Operation(model, pairs, settings(model, sites))
+    operation = _Operation(model, pairs, settings(model, pairs))
     for site, new in pairs:
         dress(site, new)
     if optimizer is not None and pairs:
@@ -306,6 +332,12 @@ def _check(model: Any, match: Any, init: Any, calibration: Any, optimizer: Any) 
         raise ValueError("match='flops': FLOPs are those of a batch; give one as calibration")
     if optimizer is not None:
         check_optimizer(optimizer)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{'; '.join(problems[:5])}{more}. Nothing was changed")
 
 
 def _measure(model: nn.Module, modules: list[nn.Module], calibration: Any, complaint: str) -> Measured:

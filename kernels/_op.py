@@ -4,7 +4,8 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -46,9 +47,25 @@ def without_autocast(implementation: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+_definitions = [False]
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """Lets every op take its definition in plain torch, as under a transform: for who cannot have custom ops."""
+    before, _definitions[0] = _definitions[0], True
+    try:
+        yield
+    finally:
+        _definitions[0] = before
+
+
 def under_transform() -> bool:
-    """Whether a `torch.func` transform is at work, which custom ops do not support and plain torch does."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a `torch.func` transform is at work, which custom ops do not support and plain torch does.
+
+    Or `definitions`.
+    """
+    return _definitions[0] or torch._C._are_functorch_transforms_active()
 
 
 def plain_eager(x: Tensor) -> bool:

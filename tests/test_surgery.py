@@ -254,7 +254,7 @@ def tied():
 @pytest.mark.parametrize(
     ("make", "rule", "message"),
     [
-        (nn.GELU, "other", "'kan' is of kind linear and takes the place of torch Linear, not of GELU"),
+        (nn.GELU, "other", "'kan' is of kind linear .* torch Linear, .* or a perceptron of these, not of GELU"),
         (lambda: nn.Conv2d(2, 2, 1), "other", "not of Conv2d"),
         (lambda: Scaled(8, 8), "other", "Scaled is an nn.Linear with a forward of its own"),
         (lambda: nn.MultiheadAttention(8, 2), "other.out_proj", "never calls"),

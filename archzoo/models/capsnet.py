@@ -4,17 +4,18 @@
 
 >>> import timm
 >>> import archzoo.models
->>> model = timm.create_model("archzoo_capsnet_small", num_classes=10, decoder=None)
+>>> model = timm.create_model("archzoo_capsnet_small", num_classes=10, decoder=False)
 >>> model.routing
 DynamicRouting(288, 10, 8, 16, bias=True, iterations=3, leaky=False, detach=False)
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,11 +26,14 @@ from archzoo.models.capsule_network import (
     RECON_WEIGHT,
     BuildRouting,
     CapsuleNetwork,
+    in_timms_words,
     linear_capsules,
     map_side,
+    of_pixels,
     sides,
 )
 from archzoo.models.model import LayerFactory, register_model
+from archzoo.models.registration import build
 
 __all__ = ["CapsNet"]
 
@@ -44,7 +48,7 @@ class CapsNet(CapsuleNetwork):
     the decoder. The number of lower capsules follows from `image_size`. Pixels are from 0 to 1.
 
     Args:
-        num_classes: Classes.
+        num_classes: Classes; 0: none, and no decoder.
         in_channels: Channels of an image.
         image_size: Side of an image in pixels, or (height, width).
         channels: Channels of the first convolution.
@@ -74,6 +78,8 @@ class CapsNet(CapsuleNetwork):
     Raises:
         ValueError: If a size is out of range, or the image is too small for the kernels.
     """
+
+    routing: nn.Module
 
     def __init__(
         self,
@@ -121,11 +127,10 @@ class CapsNet(CapsuleNetwork):
                 f"must be {2 * kernel_size - 1 - 4 * padding} or more each way, or choose a smaller kernel_size"
             )
         lower = capsule_types * places[0] * places[1]
+        made: Any = routing
         if routing is None:
-            options: dict[str, Any] = {"iterations": iterations, "leaky": leaky, "detach": detach}
-            self.routing: nn.Module = DynamicRouting(lower, num_classes, capsule_dim, class_dim, **options, **factory)
-        else:
-            self.routing = routing(lower, num_classes, capsule_dim, class_dim)
+            made = functools.partial(DynamicRouting, iterations=iterations, leaky=leaky, detach=detach, **factory)
+        self._classify(functools.partial(_routed, made, lower, capsule_dim, class_dim), (lower, capsule_dim))
         self._reset_own()
 
     def _reset_own(self) -> None:
@@ -142,48 +147,24 @@ class CapsNet(CapsuleNetwork):
                 reset()
         self._reset_own()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The class capsules (batch, num_classes, class_dim) of images."""
-        self.check_image(x)
-        return self.routing(self.primary(F.relu(self.conv(x))))
+    def lower_capsules(self, x: Tensor) -> Tensor:
+        """The primary capsules (batch, in_capsules, capsule_dim) of images."""
+        return self.primary(F.relu(self.conv(x)))
+
+
+def _routed(make: BuildRouting, lower: int, capsule_dim: int, class_dim: int, num_classes: int) -> nn.Module:
+    return make(lower, num_classes, capsule_dim, class_dim)  # of the module, that a network can be pickled
 
 
 # ---- timm
 
 
-def _config(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (1, 28, 28),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "fixed_input_size": True,
-        "mean": (0.0,),
-        "std": (1.0,),
-        "first_conv": "conv",
-        "classifier": "routing",
-        **changes,
-    }
-
-
-default_cfgs = generate_default_cfgs({"archzoo_capsnet": _config(), "archzoo_capsnet_small": _config()})
-
-
-def _from_timm(
-    num_classes: int = 10, in_chans: int = 1, img_size: int | tuple[int, int] = 28, **options: Any
-) -> CapsNet:
-    return CapsNet(num_classes, in_chans, img_size, **options)
+_CONFIG = of_pixels(first_conv="conv", classifier="routing")
+default_cfgs = generate_default_cfgs({"archzoo_capsnet": _CONFIG, "archzoo_capsnet_small": _CONFIG})
 
 
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> CapsNet:
-    if pretrained and not (options.get("pretrained_cfg") or options.get("pretrained_cfg_overlay")):
-        raise ValueError(
-            f"pretrained=True: {variant} has no published weights; leave it out, or name your own by "
-            "pretrained_cfg_overlay={'file': PATH}"
-        )
-    return build_model_with_cfg(_from_timm, variant, pretrained, **{**sizes, **options})
+    return build(in_timms_words(CapsNet), variant, pretrained, {**sizes, **options})
 
 
 @register_with_timm

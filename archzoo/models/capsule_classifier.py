@@ -9,17 +9,20 @@
 DynamicRouting(16, 10, 8, 16, bias=True, iterations=3, leaky=False, detach=False)
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
+from timm.models import generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
 
 from archzoo.layers._check import check_whole
 from archzoo.layers.capsules import DynamicRouting, squash
-from archzoo.models.capsule_network import CapsuleNetwork, sides
+from archzoo.models.capsule_network import CapsuleNetwork, in_timms_words, sides
+from archzoo.models.registration import build, default_cfg
 
 __all__ = ["CapsuleClassifier", "CapsuleHead"]
 
@@ -108,6 +111,8 @@ class CapsuleClassifier(CapsuleNetwork):
             (batch, h, w, C), or tokens (batch, P, C).
     """
 
+    classifier = "head"
+
     def __init__(
         self,
         backbone: str | nn.Module = "resnet18",
@@ -128,8 +133,8 @@ class CapsuleClassifier(CapsuleNetwork):
         height, width = sides(image_size)
         super().__init__(num_classes, class_dim, (in_channels, height, width), decoder, None, None)
         if isinstance(backbone, str):
-            options = {"num_classes": 0, "in_chans": in_channels, **(backbone_kwargs or {})}
-            backbone = timm.create_model(backbone, pretrained=pretrained, **options)
+            of_backbone = {"num_classes": 0, "in_chans": in_channels, **(backbone_kwargs or {})}
+            backbone = timm.create_model(backbone, pretrained=pretrained, **of_backbone)
         elif pretrained or backbone_kwargs:
             raise ValueError(
                 f"pretrained={pretrained}, backbone_kwargs={backbone_kwargs}: are for a backbone that is named; "
@@ -138,17 +143,9 @@ class CapsuleClassifier(CapsuleNetwork):
         self.backbone: nn.Module = backbone
         self.channels_last = str(getattr(backbone, "output_fmt", "")).endswith("NHWC")
         places, features = self._features_of_nothing().shape[1:]
-        self.head = CapsuleHead(
-            features,
-            places,
-            num_classes,
-            capsule_types=capsule_types,
-            capsule_dim=capsule_dim,
-            class_dim=class_dim,
-            iterations=iterations,
-            leaky=leaky,
-            detach=detach,
-        )
+        options: dict[str, Any] = {"iterations": iterations, "leaky": leaky, "detach": detach}
+        options |= {"capsule_types": capsule_types, "capsule_dim": capsule_dim, "class_dim": class_dim}
+        self._classify(functools.partial(CapsuleHead, features, places, **options), (places, features))
         self.reset_decoder()
 
     @torch.no_grad()
@@ -173,10 +170,18 @@ class CapsuleClassifier(CapsuleNetwork):
             return features
         return features.flatten(1, 2) if self.channels_last else features.flatten(2).mT
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The class capsules (batch, num_classes, class_dim) of images."""
-        self.check_image(x)
-        return self.head(self._features(x))
+    def lower_capsules(self, x: Tensor) -> Tensor:
+        """The backbone's features (batch, P, C) of images, which the head makes capsules of."""
+        return self._features(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backbone computes its blocks again in the backward pass rather than keep them."""
+        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]  # every model of timm has it
+
+
+_NAME = "archzoo_capsule_classifier"
+_OF_TIMM = ("pretrained_cfg", "pretrained_model_args", "pretrained_cfg_overlay", "cache_dir")
+default_cfgs = generate_default_cfgs({_NAME: default_cfg(num_classes=10, first_conv=None, classifier="head")})
 
 
 @register_with_timm
@@ -187,15 +192,34 @@ def archzoo_capsule_classifier(
     in_chans: int = 3,
     img_size: int | tuple[int, int] = 224,
     backbone_kwargs: dict[str, Any] | None = None,
+    drop_rate: float = 0.0,
     **kwargs: Any,
 ) -> CapsuleClassifier:
-    """Capsules on a backbone of timm, whose weights `pretrained` loads. Options are those of `CapsuleClassifier`."""
-    passed = {key: kwargs.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
-    options = {key: value for key, value in passed.items() if value is not None} | (backbone_kwargs or {})
-    model = CapsuleClassifier(
-        backbone, num_classes, in_chans, img_size, pretrained=pretrained, backbone_kwargs=options or None, **kwargs
-    )
-    own = {"num_classes": num_classes, "classifier": "head", "input_size": model.image_shape}
-    config: Any = {**getattr(model.backbone, "pretrained_cfg", {}), **own}  # inputs are standardised as the backbone's
-    model.pretrained_cfg = model.default_cfg = config
+    """Capsules on a backbone of timm, whose weights `pretrained` loads. Options are those of `CapsuleClassifier`.
+
+    Of a whole that timm has saved (`local-dir:`), `pretrained` loads all.
+    """
+    if kwargs.pop("features_only", False):
+        raise ValueError(f"features_only=True: has no use with {_NAME}; ask its backbone, {backbone!r}")
+    given: dict[str, Any] = {key: value for key in _OF_TIMM if (value := kwargs.pop(key, None)) is not None}
+    of_whole: dict[str, Any] = {
+        key: given.pop(key) for key in ("pretrained_cfg", "pretrained_model_args") if key in given
+    }
+    whole = "pretrained_cfg" in of_whole
+    options = {**given, **(backbone_kwargs or {})}
+
+    def make(num_classes: int, in_chans: int, img_size: int | tuple[int, int]) -> CapsuleClassifier:
+        of_capsules: dict[str, Any] = {"pretrained": pretrained and not whole, "backbone_kwargs": options or None}
+        return in_timms_words(CapsuleClassifier, backbone=backbone)(
+            num_classes, in_chans, img_size, drop_rate, **of_capsules, **kwargs
+        )
+
+    sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    model = build(make, _NAME, pretrained and whole, {**of_whole, **sizes})
+    inputs: dict[str, Any] = {"input_size": model.image_shape, "num_classes": num_classes}
+    if not whole:  # inputs are standardised as the backbone's
+        usual: Any = getattr(model.backbone, "pretrained_cfg", {})
+        inputs |= {key: usual[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in usual}
+    described: Any = model.pretrained_cfg
+    described.update(inputs)
     return model

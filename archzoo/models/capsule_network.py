@@ -4,9 +4,10 @@ The trainer's side of it is here too: such a network brings its own training los
 draws, for the report, what it reconstructs and what a capsule's dimensions mean.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from archzoo.kernels._op import compute_dtype
 from archzoo.layers._check import check_whole
 from archzoo.layers.capsules import INIT_BIAS, INIT_STD, margin_loss, one_hot, squash
+from archzoo.models.registration import default_cfg
 from archzoo.pictures import Picture, tiles
 from archzoo.tasks.task import ClassificationTask, Task
 
+Network = TypeVar("Network", bound="CapsuleNetwork")
 BuildRouting = Callable[[int, int, int, int], nn.Module]
 """Builds a layer of upper capsules from (in_capsules, out_capsules, in_dim, out_dim)."""
 RECON_WEIGHT = 0.0005
@@ -42,11 +45,17 @@ def map_side(side: int, kernel_size: int, stride: int, padding: int) -> int:
     return (side + 2 * padding - kernel_size) // stride + 1
 
 
+def check_classes(num_classes: int) -> None:
+    """A ValueError unless it is a whole number, 0 or more."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r}: must be a whole number, 1 or more, or 0 for features alone")
+
+
 class CapsuleNetwork(nn.Module, ABC):
-    """A network whose last layer is one capsule a class; a subclass gives `forward_features`.
+    """A network whose last layer is one capsule a class; a subclass gives `lower_capsules` and calls `_classify`.
 
     Args:
-        num_classes: Classes.
+        num_classes: Classes. 0: no class capsules and no decoder; the output are the lower capsules, flattened.
         class_dim: Size of a class capsule.
         image_shape: (channels, height, width) of an image.
         decoder: Widths of the decoder's hidden layers. None: no decoder, and no reconstruction.
@@ -54,6 +63,7 @@ class CapsuleNetwork(nn.Module, ABC):
         dtype: Of the parameters.
 
     Attributes:
+        num_features: Numbers of all lower capsules, as timm calls what comes before the classes.
         decoder: Linear, ReLU, Linear, ReLU, ..., Linear, Sigmoid; None if there is none.
         recon_weight: Of the reconstruction in `training_loss`.
         shift: Pixels by which `training_loss` shifts images at most, at random and with black behind them.
@@ -63,6 +73,8 @@ class CapsuleNetwork(nn.Module, ABC):
 
     recon_weight: float = RECON_WEIGHT
     shift: int = 0
+    classifier: ClassVar[str] = "routing"
+    """Name of the part that makes the class capsules."""
 
     def __init__(
         self,
@@ -74,19 +86,68 @@ class CapsuleNetwork(nn.Module, ABC):
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        check_whole(num_classes=num_classes, class_dim=class_dim, in_channels=image_shape[0])
-        self.num_classes, self.class_dim, self.image_shape = num_classes, class_dim, image_shape
-        self.decoder: nn.Sequential | None = None
-        if decoder is None:
-            return
-        channels, height, width = image_shape
-        sizes = [num_classes * class_dim, *decoder, channels * height * width]
-        for size in sizes:
+        check_whole(class_dim=class_dim, in_channels=image_shape[0])
+        check_classes(num_classes)
+        for size in decoder or ():
             check_whole(decoder=size)
-        self.decoder = nn.Sequential()
+        self.num_classes, self.class_dim, self.image_shape = num_classes, class_dim, image_shape
+        self.in_chans = image_shape[0]
+        self._decoder_widths = None if decoder is None else tuple(decoder)
+        self.decoder = self._make_decoder({"device": device, "dtype": dtype})
+
+    def _make_decoder(self, factory: dict[str, Any]) -> nn.Sequential | None:
+        if self._decoder_widths is None or not self.num_classes:
+            return None
+        sizes = [self.num_classes * self.class_dim, *self._decoder_widths, math.prod(self.image_shape)]
+        decoder = nn.Sequential()
         for before, after in zip(sizes, sizes[1:], strict=False):
-            self.decoder.extend([nn.Linear(before, after, device=device, dtype=dtype), nn.ReLU()])
-        self.decoder[-1] = nn.Sigmoid()
+            decoder.extend([nn.Linear(before, after, **factory), nn.ReLU()])
+        decoder[-1] = nn.Sigmoid()
+        return decoder
+
+    def _classify(self, make: Callable[..., nn.Module], lower: tuple[int, int]) -> None:
+        """Puts in what makes the class capsules.
+
+        Args:
+            make: Builds it from the number of classes, and device and dtype where they are not the network's first.
+            lower: Number and size of the lower capsules.
+        """
+        self._make_classifier = make
+        self.num_features = self.head_hidden_size = lower[0] * lower[1]
+        setattr(self, self.classifier, make(self.num_classes) if self.num_classes else nn.Identity())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Class capsules and a decoder, drawn anew, for another number of classes, as models of timm have it.
+
+        Raises:
+            ValueError: If the number is below 0, or `global_pool`, of which capsules have none, is given.
+        """
+        check_classes(num_classes)
+        if global_pool:
+            raise ValueError(f"global_pool={global_pool!r}: capsules are routed, not pooled; leave it out")
+        self.num_classes, like = num_classes, next(self.parameters())
+        made = self._make_classifier(num_classes) if num_classes else nn.Identity()
+        self.decoder = self._make_decoder({"device": like.device, "dtype": like.dtype})
+        self.reset_decoder()
+        setattr(self, self.classifier, made.to(like.device, like.dtype))
+        self.train(self.training)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer of class capsules."""
+        return self.get_submodule(self.classifier)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Is there because timm's training script calls it.
+
+        Raises:
+            ValueError: If it is to be enabled.
+        """
+        if enable:
+            raise ValueError("enable=True: networks of capsules have no blocks to compute again; leave it out")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions of timm by which parameters are put into groups, from the image to the classes."""
+        return {"stem": r"^conv|^features|^backbone", "blocks": [(r"^primary", (0,)), (r"^routing|^head", (1,))]}
 
     def reset_decoder(self) -> None:
         """Weights from a normal distribution, std 0.1 cut at 0.2; biases 0.1."""
@@ -104,11 +165,22 @@ class CapsuleNetwork(nn.Module, ABC):
             )
 
     @abstractmethod
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The class capsules (batch, num_classes, class_dim) of images (batch, *image_shape)."""
+    def lower_capsules(self, x: Tensor) -> Tensor:
+        """The lower capsules (batch, in_capsules, in_dim) of images (batch, *image_shape)."""
 
-    def forward_head(self, capsules: Tensor) -> Tensor:
-        """Lengths (batch, num_classes) of class capsules (batch, num_classes, class_dim)."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The class capsules (batch, num_classes, class_dim) of images; without classes, the lower ones."""
+        self.check_image(x)
+        capsules: Tensor = self.get_classifier()(self.lower_capsules(x))
+        return capsules
+
+    def forward_head(self, capsules: Tensor, pre_logits: bool = False) -> Tensor:
+        """Lengths (batch, num_classes) of class capsules (batch, num_classes, class_dim).
+
+        Without classes, or with `pre_logits`, the capsules themselves, flattened.
+        """
+        if pre_logits or not self.num_classes:
+            return capsules.flatten(1)
         wide = capsules.to(compute_dtype(capsules))
         tiny = torch.finfo(wide.dtype).tiny  # the gradient of a root at 0 is infinite
         return wide.square().sum(-1).clamp_min(tiny).sqrt().to(capsules.dtype)
@@ -300,3 +372,35 @@ class LinearCapsules(nn.Module):
         """Maps (batch, in_capsules, in_dim) to (batch, out_capsules, out_dim)."""
         s: Any = self.layer(u.flatten(1))
         return squash(s.unflatten(1, (self.out_capsules, -1)))
+
+
+# ---- in timm
+
+
+def of_pixels(**changes: Any) -> dict[str, Any]:
+    """timm's description of a network for 28 x 28 grey pixels from 0 to 1, 10 classes."""
+    pixels: dict[str, Any] = {"num_classes": 10, "input_size": (1, 28, 28), "mean": (0.0,), "std": (1.0,)}
+    return default_cfg(**pixels, crop_pct=1.0, interpolation="bilinear", **changes)
+
+
+def in_timms_words(network: Callable[..., Network], **fixed: Any) -> Callable[..., Network]:
+    """A network that is built by timm's names of its sizes, and takes the dropout that timm's script gives it: none.
+
+    No decoder is `decoder=False`, for timm takes away arguments that are None.
+    """
+
+    def make(
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        drop_rate: float = 0.0,
+        **options: Any,
+    ) -> Network:
+        if drop_rate:
+            raise ValueError(f"drop_rate={drop_rate}: capsules are not dropped; leave it out")
+        if options.get("decoder") is False:
+            options["decoder"] = None
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_chans, "image_size": img_size}
+        return network(**sizes, **fixed, **options)
+
+    return make

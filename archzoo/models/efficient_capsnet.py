@@ -1,16 +1,18 @@
 """Efficient-CapsNet: 161,824 parameters, and no rounds of routing (https://arxiv.org/abs/2101.12491)."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
 
 from archzoo.layers.self_attention_routing import CUT, SelfAttentionRouting, squash_exp
-from archzoo.models.capsule_network import CapsuleNetwork, map_side, sides
+from archzoo.models.capsule_network import CapsuleNetwork, in_timms_words, map_side, of_pixels, sides
+from archzoo.models.registration import build
 
 __all__ = ["EfficientCapsNet"]
 
@@ -74,9 +76,9 @@ class EfficientCapsNet(CapsuleNetwork):
         places = [map_side(side, PRIMARY_KERNEL, 1, 0) for side in places]
         if min(places) < 1:
             raise ValueError(f"image_size={image_size}: must be 27 pixels or more each way")
-        self.routing = SelfAttentionRouting(
-            TYPES * places[0] * places[1], num_classes, CAPSULE_DIM, CLASS_DIM, **factory
-        )
+        lower = TYPES * places[0] * places[1]
+        make = functools.partial(SelfAttentionRouting, lower, in_dim=CAPSULE_DIM, out_dim=CLASS_DIM, **factory)
+        self._classify(make, (lower, CAPSULE_DIM))
         self._reset_convolutions()
         self.reset_decoder()
 
@@ -89,44 +91,18 @@ class EfficientCapsNet(CapsuleNetwork):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The class capsules (batch, num_classes, 16) of images."""
-        self.check_image(x)
+    def lower_capsules(self, x: Tensor) -> Tensor:
+        """The primary capsules (batch, in_capsules, 8) of images."""
         s = self.primary(self.features(x)).unflatten(1, (TYPES, CAPSULE_DIM))
-        return self.routing(squash_exp(s, 2).permute(0, 1, 3, 4, 2).flatten(1, 3))
+        return squash_exp(s, 2).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "archzoo_efficient_capsnet": {
-            "url": "",
-            "num_classes": 10,
-            "input_size": (1, 28, 28),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "fixed_input_size": True,
-            "mean": (0.0,),
-            "std": (1.0,),
-            "first_conv": "features.0",
-            "classifier": "routing",
-        }
-    }
+    {"archzoo_efficient_capsnet": of_pixels(first_conv="features.0", classifier="routing")}
 )
-
-
-def _from_timm(
-    num_classes: int = 10, in_chans: int = 1, img_size: int | tuple[int, int] = 28, **options: Any
-) -> EfficientCapsNet:
-    return EfficientCapsNet(num_classes, in_chans, img_size, **options)
 
 
 @register_with_timm
 def archzoo_efficient_capsnet(pretrained: bool = False, **kwargs: Any) -> EfficientCapsNet:
     """Efficient-CapsNet for 28 x 28 grey pixels, 10 classes. Options are those of `EfficientCapsNet`."""
-    if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
-        raise ValueError(
-            "pretrained=True: archzoo_efficient_capsnet has no published weights; leave it out, or name your own by "
-            "pretrained_cfg_overlay={'file': PATH}"
-        )
-    return build_model_with_cfg(_from_timm, "archzoo_efficient_capsnet", pretrained, **kwargs)
+    return build(in_timms_words(EfficientCapsNet), "archzoo_efficient_capsnet", pretrained, kwargs)

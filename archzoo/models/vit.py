@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from archzoo.models.model import LayerFactory, block_widths, check_kind, register_model
+from archzoo.models.registration import AsksLayers, build, default_cfg
 
 __all__ = ["LayerMLP", "ViT", "build_vit"]
 
@@ -83,7 +83,7 @@ class LayerMLP(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-class ViT(VisionTransformer):
+class ViT(AsksLayers, VisionTransformer):
     """timm's `VisionTransformer` with any layer of kind `linear` in its MLPs.
 
     With `mlp_layer="linear"` it is timm's own: the same parameters under the same names, the same outputs.
@@ -140,46 +140,28 @@ class ViT(VisionTransformer):
                 module.reset_layers()
 
 
-def _config(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **changes,
-    }
-
-
+_CONFIG = default_cfg(first_conv="patch_embed.proj", classifier="head")
 default_cfgs = generate_default_cfgs(
     {
-        "archzoo_vit_tiny": _config(),
-        "archzoo_vit_small": _config(),
-        "archzoo_vit_base": _config(),
-        "archzoo_vikanformer_mnist": _config(
-            num_classes=10, input_size=(1, 28, 28), crop_pct=1.0, mean=(0.1307,), std=(0.3081,)
-        ),
+        "archzoo_vit_tiny": _CONFIG,
+        "archzoo_vit_small": _CONFIG,
+        "archzoo_vit_base": _CONFIG,
+        "archzoo_vikanformer_mnist": {
+            **_CONFIG,
+            "num_classes": 10,
+            "input_size": (1, 28, 28),
+            "crop_pct": 1.0,
+            "mean": (0.1307,),
+            "std": (0.3081,),
+        },
     }
 )
 
 
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> ViT:
-    if pretrained and not (options.get("pretrained_cfg") or options.get("pretrained_cfg_overlay")):
-        raise ValueError(
-            f"pretrained=True: {variant} has no published weights; leave it out, or name your own by "
-            "pretrained_cfg_overlay={'file': PATH}"
-        )
     options = {**sizes, **options}
     features = {"out_indices": options.pop("out_indices", min(3, options["depth"])), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        ViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **options
-    )
+    return build(ViT, variant, pretrained, options, features=features, pretrained_filter_fn=checkpoint_filter_fn)
 
 
 @register_with_timm

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,14 @@ from archzoo.models.stacked import build_stacked
 from archzoo.names import suggest
 from archzoo.registry import layer_options, list_layers
 from archzoo.tasks.task import DatasetError, Task, tasks
-from archzoo.training.config import ConfigError, OptimizerConfig, SchedulerConfig, TrainConfig
+from archzoo.training.config import (
+    ConfigError,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainConfig,
+    model_key,
+)
+from archzoo.training.swapping import swap_in
 
 if TYPE_CHECKING:
     from archzoo.training.callbacks import Callback
@@ -55,7 +63,7 @@ def build_task(config: TrainConfig) -> Task:
             f"trainer.compile=true: task {config.task['name']} differentiates the model by its inputs, and a compiled "
             "model can be differentiated once only; set trainer.compile=false"
         )
-    name = config.model["name"]
+    name = model_key(config)
     takes_tokens = name in models.names() and getattr(models.get(name), "takes_tokens", False)
     if takes_tokens == task.input_dtype.is_floating_point:
         takes, has = ("tokens", "real numbers") if takes_tokens else ("real numbers", "tokens; set model=transformer")
@@ -90,8 +98,8 @@ def _factory(layer: dict[str, Any]) -> LayerFactory:
 
 
 def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...] | None) -> nn.Module:
-    options = dict(config.model)
-    name = options.pop("name")
+    options, name = dict(config.model), model_key(config)
+    del options["library" if name == options.get("library") else "name"]
     if widths is not None:
         options |= {"widths": widths}
     if options.get("hidden") is not None:
@@ -149,7 +157,7 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
     Raises:
         ConfigError: If the layer, the model or the budget cannot be had; names the nearest reachable count.
     """
-    asked = [config.task, config.model, config.layer, vars(config.budget)]
+    asked = [config.task, config.model, config.layer, vars(config.budget), config.swap, config.swap_init]
     shapes = [task.input_shape, task.output_size, str(task.input_dtype)]
     key = json.dumps([*asked, *shapes], sort_keys=True)
     if key not in _chosen:
@@ -159,6 +167,11 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
 
 
 def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
+    if "library" in config.model:  # by `archzoo.swap`, when the model is built; here, whether it can be
+        on_meta = config.budget.match != "flops" and config.swap_init == "fresh"
+        drawn = {"pretrained": False} if "pretrained" in config.model else {}  # its weights do not matter yet
+        trial = replace(config, model=config.model | drawn)
+        return _swapped(trial, config.layer, task, "meta" if on_meta else "cpu")[1]
     budget, layer = config.budget, config.layer
     key = "parameters" if budget.match == "params" else "FLOPs an example"
     own = _own_count(config, layer, task)
@@ -260,6 +273,22 @@ def _own_count(config: TrainConfig, layer: dict[str, Any], task: Task) -> int | 
         raise _refused(group, values, error) from error
 
 
+def _swapped(
+    config: TrainConfig, layer: dict[str, Any], task: Task, device: str = "cpu"
+) -> tuple[nn.Module, Match | None]:
+    """Another library's model with layers of ours in it, and its count beside that of before.
+
+    Raises:
+        ConfigError: If the model cannot be built, or not so swapped.
+    """
+    try:
+        with torch.device(device):
+            model: Any = _build(config, layer, task, None)
+    except (ValueError, TypeError) as error:
+        raise _refused("model", config.model, error) from error
+    return model, swap_in(model, config, layer, example_batch(task, 1))
+
+
 def build_model(
     config: TrainConfig, task: Task, callbacks: Sequence["Callback"] = ()
 ) -> tuple[nn.Module, Match | None]:
@@ -267,6 +296,11 @@ def build_model(
 
     Where the task has several seeds, as many models in one, each as the run of its seed alone begins.
     """
+    if "library" in config.model:
+        layer = dict(config.layer)
+        for callback in callbacks:
+            layer |= callback.prepare(config, None)
+        return _swapped(config, layer, task)
     match = choose_widths(config, task)
     layer = config.layer | ({match.option: match.value} if match and match.option else {})
     for callback in callbacks:

@@ -385,7 +385,7 @@ def _check_baseline(config: TrainConfig) -> None:
     from archzoo.registry import list_layers
 
     baseline = config.sweep.baseline
-    if baseline is not None and baseline.partition(" (")[0] not in list_layers():
+    if baseline is not None and not set(baseline.partition(" (")[0].split("+")) <= set(list_layers()):
         raise ConfigError(f"sweep.baseline={baseline}: no such layer, {suggest(baseline, list_layers())}")
 
 

@@ -116,6 +116,10 @@ class TrainConfig:
     task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, Any] = field(default_factory=dict)
+    swap: Any = None  # a dict, which Hydra would let nothing new into
+    """Glob over the names of modules of another library's model -> what takes their place: `layer`, the contestant;
+    another layer's name, or `{name: kan, grid_size: 8}`; or null: they stay."""
+    swap_init: str = "fresh"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -152,14 +156,42 @@ def asdict_plain(config: TrainConfig) -> dict[str, Any]:
     """The config as plain dictionaries, as it is recorded."""
     plain = asdict(config)
     del plain["recipes"]
-    if not config.budget.vary:  # younger than its neighbours: without it, a run keeps the id that it has always had
+    # Younger than their neighbours: without them, a run keeps the id that it has always had.
+    if not config.budget.vary:
         del plain["budget"]["vary"]
+    if not config.swap:
+        del plain["swap"]
+    if config.swap_init == "fresh":
+        del plain["swap_init"]
     return plain
 
 
 def from_plain(plain: dict[str, Any]) -> TrainConfig:
     """The inverse of `asdict_plain`."""
     return TrainConfig(**{key: _PARTS[key](**value) if key in _PARTS else value for key, value in plain.items()})
+
+
+CONTESTANT = "layer"
+"""In `swap`, the contestant."""
+USUAL = ("linear", "conv2d")
+"""Layers that another library's models are made of."""
+
+
+def model_key(config: TrainConfig) -> str:
+    """The name in our registry of what builds the model: another library's model has a name of its own besides."""
+    return str(config.model.get("library", config.model["name"]))
+
+
+def swapped_layers(config: TrainConfig) -> list[str]:
+    """Names of the layers that are swapped in, each once."""
+    chosen = [choice for choice in (config.swap or {}).values() if choice]
+    named = [choice["name"] if isinstance(choice, dict) else choice for choice in chosen]
+    return list(dict.fromkeys(config.layer["name"] if name == CONTESTANT else str(name) for name in named))
+
+
+def contestant(config: TrainConfig) -> str:
+    """What the run is a run of: its layer, or the layers that are swapped in."""
+    return "+".join(swapped_layers(config)) or str(config.layer["name"])
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +230,7 @@ def _errors(config: TrainConfig) -> Iterator[str]:
     for group in ("task", "model", "layer"):
         if not isinstance(getattr(config, group).get("name"), str):
             yield f"{group}.name: missing; choose a {group}, as {group}={_EXAMPLES[group]}"
+            return
     if not config.name or "/" in config.name:
         yield f"name={config.name!r}: must be a word without slashes, as name=digits"
     yield from number("seed", config.seed, 0, "a whole number from 0 up, as seed=0")
@@ -210,6 +243,8 @@ def _errors(config: TrainConfig) -> Iterator[str]:
         yield f"optimizer.momentum={o.momentum:g}: must be from 0 to less than 1, as optimizer.momentum=0.9"
 
     yield from optimizer_errors(config)
+    yield from choice("swap_init", config.swap_init, ("fresh", "from_original"))
+    yield from swap_errors(config)
     if isinstance(seeds := config.task.get("seeds"), int):
         yield from stacking_errors(config, seeds)
 
@@ -311,6 +346,42 @@ def optimizer_errors(config: TrainConfig) -> Iterator[str]:
             "trainer.precision=float16: its loss scaling and optimizer lbfgs do not go together; set "
             "trainer.precision=float64, float32 or bfloat16"
         )
+
+
+def swap_errors(config: TrainConfig) -> Iterator[str]:
+    """Settings that do not go with another library's model, or with our own: one line each."""
+    example = 'swap="{blocks.*.mlp.fc*: kan}"'
+    rules = {} if config.swap is None else config.swap
+    if not isinstance(rules, dict):
+        yield f"swap={rules}: must be globs over names of modules and layers, as {example}"
+        return
+    for rule, choice in rules.items():
+        named = isinstance(choice, dict) and isinstance(choice.get("name"), str)
+        if not (choice is None or named or (isinstance(choice, str) and choice)):
+            yield f"swap.{rule}={choice}: must be a layer's name, as {example}, or {{name: kan, grid_size: 8}}, or null"
+            return
+    if "library" not in config.model:
+        own = f"model {config.model['name']} is made of the contestant itself"
+        if rules:
+            yield f"swap={rules}: {own}, layer={config.layer['name']}; leave it out, or choose model=timm"
+        elif config.swap_init != "fresh":
+            yield f"swap_init={config.swap_init}: {own}, and nothing is swapped; leave it out"
+        return
+    layer, budget, model = config.layer["name"], config.budget, f"model {config.model['name']}"
+    if config.task.get("seeds", 1) != 1:
+        yield f"task.seeds={config.task['seeds']}: {model} is trained with one seed at a time; set task.seeds=1"
+    if layer not in USUAL and CONTESTANT not in rules.values():
+        yield f'layer={layer}: {model} has no place for it; say where, as swap="{{blocks.*.mlp.fc*: layer}}"'
+    if budget.match != "none":
+        itself = f"{model} is matched to itself, before the swap, within 1 %"
+        for key, value, usual in (
+            ("to", budget.to, USUAL),
+            ("tolerance", budget.tolerance, (0.01,)),
+            ("unreachable", budget.unreachable, ("error",)),
+            ("vary", budget.vary, ({},)),
+        ):
+            if value not in usual:
+                yield f"budget.{key}={value}: {itself}; leave it out, or set budget.match=none"
 
 
 # Each changes a parameter by its own gradients alone.

@@ -46,7 +46,7 @@ from archzoo.training.checkpoint import (
     save_checkpoint,
     sweep_partial,
 )
-from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, contestant, from_plain, run_id
 from archzoo.training.cost import batch_size, cost_record
 from archzoo.training.loop import Diverged, Interrupted, Trainer
 from archzoo.training.pictures import draw_pictures
@@ -184,7 +184,7 @@ def execute(
 
 def run_name(config: TrainConfig) -> str:
     """A name for people; the id is the one that counts."""
-    return f"{config.layer['name']}-seed{config.seed}"
+    return f"{contestant(config)}-seed{config.seed}"
 
 
 def _execute(
@@ -415,7 +415,7 @@ def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
         "error": None,
         "diverged": None,
         "config": folder.config,
-        "layer": config.layer["name"],
+        "layer": contestant(config),
         "task": config.task["name"],
         "model": config.model["name"],
         "seed": config.seed,

@@ -153,7 +153,7 @@ def test_other_sizes_work_and_wrong_ones_are_named(build):
         ({"image_size": 12}, "image_size=12"),
         ({"image_size": (28, 0)}, "image_size=0"),
         ({"image_size": (28, 28, 1)}, r"image_size=\(28, 28, 1\)"),
-        ({"num_classes": 0}, "num_classes=0"),
+        ({"num_classes": -1}, "num_classes=-1"),
         ({"in_channels": 0}, "in_channels=0"),
         ({"decoder": (0,)}, "decoder=0"),
     ):
