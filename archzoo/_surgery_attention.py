@@ -76,8 +76,8 @@ class MixedAttention(nn.Module):
     """A mixer that is called as an attention of another library.
 
     Of what a model passes to its attention, tokens and masks are used: a mixer that takes scores gets the mask as it
-    is; a scan gets from it which tokens are padding, those that the last token may not see. Positions are passed over,
-    for a mixer has its own. What would be answered wrongly is refused.
+    is; a scan gets from it which tokens are padding, those that the last token may not see, and refuses a mask that
+    says more. Positions are passed over, for a mixer has its own. What would be answered wrongly is refused.
 
     Args:
         mixer: Maps (batch, length, dim) to itself.
@@ -136,8 +136,24 @@ class MixedAttention(nn.Module):
             )
         if self.mask == "attn_mask":
             return mask
-        seen = mask[:, 0, -1]
-        return seen if seen.dtype == torch.bool else seen == 0
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+        seen = allowed[:, 0, -1]
+        if not torch.compiler.is_compiling() and not self._is_padding(allowed, seen):
+            raise ValueError(
+                f"{name}: {type(self.mixer).__name__} in the place of an attention takes padding alone, and this mask "
+                "has a window, or several sequences in one; put a mixer with scores there, as 'attention'"
+            )
+        return seen
+
+    def _is_padding(self, allowed: Tensor, seen: Tensor) -> bool:
+        """Whether a mask (batch, heads, queries, keys) says no more than which keys are seen, and causality."""
+        usual = seen[:, None, None, :].expand_as(allowed)
+        if self.causal:
+            usual = usual.tril(allowed.shape[-1] - allowed.shape[-2])
+        right = (usual == allowed).all(-1)
+        if allowed.shape[-2] == allowed.shape[-1]:  # padding itself may see nothing, or all, which spares a softmax NaN
+            right |= ~seen[:, None, :] & (allowed.all(-1) | ~allowed.any(-1))
+        return bool(right.all())
 
     def _masked(self, mask: Tensor | None) -> dict[str, Tensor]:
         return {} if mask is None else {self.mask: mask}

@@ -244,6 +244,23 @@ def test_what_a_mixer_cannot_do_is_refused(arguments, message):
         model.blocks[0].attn(torch.randn(1, 5, 16), **arguments)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_scan_takes_padding_and_no_other_mask(causal):
+    from archzoo._surgery_attention import MixedAttention
+
+    mixer = MixedAttention(archzoo.create_layer("mamba", 16), ("x", "mask"), causal=causal, both=not causal, pair=False)
+    x, real = torch.randn(2, 5, 16), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    padding = real[:, None, None, :].expand(2, 1, 5, 5)
+    usual = padding.tril() if causal else padding
+    torch.testing.assert_close(mixer(x, usual)[:1, 2:], mixer(x[:1, 2:]))
+    torch.testing.assert_close(mixer(x, torch.where(usual, 0.0, -1e9)), mixer(x, usual))
+    window = usual & ~torch.ones(5, 5).bool().tril(-2)  # two tokens back and no further
+    packed = usual & (torch.arange(5) // 2)[:, None].eq(torch.arange(5) // 2)
+    for mask in (window, packed):
+        with pytest.raises(ValueError, match="takes padding alone, and this mask has a window"):
+            mixer(x, mask)
+
+
 def test_attention_that_changes_the_width_is_refused():
     model = nn.ModuleList([timm_layers.Attention(8, 2, dim_out=12)])
     with pytest.raises(ValueError, match=r"0: it maps 8 features to \[12\]; a mixer keeps them"):
