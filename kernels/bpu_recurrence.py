@@ -44,8 +44,9 @@ __all__ = ["BACKENDS", "RecurrencePlan", "bpu_recurrence", "bpu_recurrence_refer
 BACKENDS = ("auto", "sparse", "dense")
 _DENSE_NEURONS = 4096  # up to so many neurons a step, dense blocks fit a GPU well
 _DENSE_BATCH = 64  # above it a GPU multiplies them faster than it gathers rows; by rooflines, not measured
-_FORMS = ("sparse", "dense", "triton")
-"""How a step is computed: sums of rows by torch, products of dense blocks, or the Triton kernel."""
+_FORMS = ("sparse", "dense", "triton", "by batch")
+"""How a step is computed: sums of rows by torch, products of dense blocks, the Triton kernel, or one of these two: the
+op itself then looks at the batch, so that a graph with a dynamic one holds no guard on it."""
 
 _CHUNK = 2**18  # elements of a block of edges x samples, for the gradient of the weights
 _FEW_STATES = 2**20  # up to so many a CPU keeps them rather than their signs, which it reads slowly; 4 MiB
@@ -116,6 +117,10 @@ def _block(link: Link, weights: Tensor) -> Tensor:
     return block.index_put_((_places(link),), weights).view(link.targets, link.sources)
 
 
+def _settled(form: str, batch: int) -> str:
+    return form if form != "by batch" else "dense" if batch > _DENSE_BATCH else "triton"
+
+
 def _kernels() -> Any:
     """The Triton kernels, imported late as they import triton."""
     from archzoo.kernels import _bpu_recurrence_triton
@@ -145,7 +150,7 @@ def _forward(
 
     `weights` are those of the links, by target, where somebody has them in the widest dtype.
     """
-    wide = compute_dtype(drive, weight)
+    wide, form = compute_dtype(drive, weight), _settled(form, len(drive))
     entering = drive.t().to(wide).contiguous()
     if weights is None:
         weights = weight.to(wide).index_select(0, plan.target_edges).split(plan.link_edges)
@@ -192,7 +197,7 @@ def _backward(
     weights: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of drive and weight. What is not needed is not computed, and comes back with no elements."""
-    wide = compute_dtype(dy, weight)
+    wide, form = compute_dtype(dy, weight), _settled(form, len(dy))
     w, dread = weight.to(wide), dy.t().to(wide).contiguous()
     if weights is None:
         weights = w.index_select(0, plan.target_edges if form == "dense" else plan.source_edges).split(plan.link_edges)
@@ -338,7 +343,7 @@ class _Eager(torch.autograd.Function):
             refuse_triton("bpu_recurrence", "a gradient of a gradient")
             found: Sequence[Tensor | None] = _gradients_again(dy, drive, weight, ctx.plan, needed)
         else:
-            found = _backward(dy, weight, kept, ctx.plan.unpacked, ctx.form, *needed, ctx.weights)
+            found = _backward(dy, weight, kept, ctx.plan.unpacked, ctx.form, needed[0], needed[1], ctx.weights)
         return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None
 
 
@@ -388,10 +393,12 @@ def _backward_flops(
 
 def _form(rows: Tensor, weight: Tensor, layout: Sequence[int], backend: str) -> str:
     """One of `_FORMS`."""
-    small = max(held_sizes(layout)) <= _DENSE_NEURONS
-    if backend == "dense" or (backend == "auto" and rows.is_cuda and small and len(rows) > _DENSE_BATCH):
+    if backend == "dense":
         return "dense"
-    return "triton" if takes_triton("bpu_recurrence", drive=rows, weight=weight) else "sparse"
+    triton = takes_triton("bpu_recurrence", drive=rows, weight=weight)
+    if backend == "sparse" or not rows.is_cuda or max(held_sizes(layout)) > _DENSE_NEURONS:
+        return "triton" if triton else "sparse"
+    return "by batch" if triton else "dense"
 
 
 def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backend: str = "auto") -> Tensor:
@@ -429,9 +436,10 @@ def bpu_recurrence(drive: Tensor, weight: Tensor, plan: RecurrencePlan, *, backe
         form = _form(rows, weight, layout, backend)
         keep = _NOTHING
         if torch.is_grad_enabled() and (weight.requires_grad or drive.requires_grad):
-            few = drive.is_cpu and len(rows) * sum(held_sizes(layout)) <= _FEW_STATES
-            keep = _STATES if weight.requires_grad or few else _SIGNS
+            keep = _STATES if weight.requires_grad else _SIGNS
         if plain_eager(drive):
+            if keep == _SIGNS and drive.is_cpu and len(rows) * sum(held_sizes(layout)) <= _FEW_STATES:
+                keep = _STATES
             y = _Eager.apply(rows, weight, plan, keep, form)
         else:
             y, _ = bpu_recurrence_op(rows, weight, plan.index, list(layout), keep, form)

@@ -273,6 +273,7 @@ def _backward(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, denominator: str, needed: list[bool], triton: bool = False
 ) -> list[Tensor]:
     """Gradients of x, a and b; what is not needed comes back with no elements."""
+    found: Sequence[Tensor | None]
     if triton:
         from archzoo.kernels import _rational_triton
 
@@ -283,7 +284,9 @@ def _backward(
         columns, above = (t.to(wide).contiguous().unsqueeze(-1) for t in (x, dy))
         _, *found = Rational(len(b), denominator).pullback(columns, above.unsqueeze(-2), a, b)
     of_each = zip(found, (x, a, b), needed, strict=False)
-    return [g.reshape(t.shape).to(t.dtype) if need else empty_if(False, t, dy) for g, t, need in of_each]
+    return [
+        empty_if(False, t, dy) if g is None or not need else g.reshape(t.shape).to(t.dtype) for g, t, need in of_each
+    ]
 
 
 def _fake(x: Tensor, a: Tensor, b: Tensor, denominator: str, triton: bool = False) -> Tensor:

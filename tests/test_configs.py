@@ -92,7 +92,14 @@ def trains(*arguments):
     assert cli.main(list(arguments)) == 0
 
 
-@pytest.mark.parametrize("name", options("layer"))
+def sampled(names, kept):
+    """As parameters; those that are not kept, of which some like them are, are slow."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", sampled(options("layer"), {*options("layer")} - {*list_layers("conv2d")} | {"kan_conv2d"})
+)
 def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
     fitting = FITTING.get(f"layer={name}") or OF_KIND[get_layer(name).kind]
     skip_without_data(re.findall(r"\w+", " ".join(fitting)))
@@ -111,13 +118,17 @@ def test_every_layer_has_a_config_with_all_its_options(name):
     assert settings == expected
 
 
-@pytest.mark.parametrize("name", options("task"))
+@pytest.mark.parametrize(
+    "name", sampled(options("task"), {*options("task")} - {"cifar10", "style_transfer", "poisson"})
+)
 def test_every_task_trains_a_step(name, tmp_path):
     skip_without_data([name])
     trains(f"task={name}", f"output_dir={tmp_path}", *FITTING.get(f"task={name}", []), *STEP)
 
 
-@pytest.mark.parametrize("group", ["optimizer", "scheduler", "tracker", "trainer", "model"])
+@pytest.mark.parametrize(
+    "group", ["optimizer", "scheduler", "tracker", "trainer", pytest.param("model", marks=pytest.mark.slow)]
+)
 def test_every_option_of_the_other_groups_trains_a_step(group, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)  # which transformers looks for, and would find our folder
     for name in options(group):
@@ -178,6 +189,10 @@ LARGE = {
     "arithmetic_mul",
     "associative_recall",
     "selective_copying",
+    "arithmetic",
+    "aptx_mnist_scaled",
+    "arithmetic_single",
+    "kan_symbolic",
 }
 
 

@@ -148,14 +148,22 @@ class Case:
         return torch.randn((*leading, *self.sizes.y), generator=generator, dtype=torch.float64).to(dtype)
 
 
-def every_layer(kind: str | None = None, exempt: dict[str, str] | None = None) -> pytest.MarkDecorator:
-    """Parametrizes a test over the zoo. `exempt` gives, for a layer that need not pass, the reason."""
+def every_layer(
+    kind: str | None = None, exempt: dict[str, str] | None = None, slow_convolutions: bool = False
+) -> pytest.MarkDecorator:
+    """Parametrizes a test over the zoo.
+
+    `exempt` gives, for a layer that need not pass, the reason. With `slow_convolutions` those of layers that are there
+    as linear layers too, by the same code, are left to the slow tests.
+    """
     exempt = exempt or {}
     cases = []
     for name in archzoo.list_layers():
         entry = get_layer(name)
         if entry.kind in KINDS and kind in (None, entry.kind) and entry.cls.__module__ != __name__:
-            marks = pytest.mark.xfail(reason=exempt[name], strict=True) if name in exempt else ()
+            marks = [pytest.mark.xfail(reason=exempt[name], strict=True)] if name in exempt else []
+            if slow_convolutions and name.removesuffix("_conv2d") != name:
+                marks.append(pytest.mark.slow)
             cases.append(pytest.param(Case(entry), id=name, marks=marks))
     return pytest.mark.parametrize("case", cases)
 
@@ -643,7 +651,7 @@ def test_nan_in_gives_nan_out_in_its_own_row(case):
 # --- Tools of torch ---------------------------------------------------------------------------------------------------
 
 
-@every_layer()
+@every_layer(slow_convolutions=True)
 def test_compiled_equals_eager(case):
     """Whole graph; a second batch size may recompile with a symbolic one, which a third must then share."""
     torch._dynamo.reset()
@@ -666,7 +674,7 @@ def test_compiled_equals_eager(case):
     assert 1 <= len(graphs) <= 2, f"{len(graphs)} graphs for three batch sizes"
 
 
-@every_layer()
+@every_layer(slow_convolutions=True)
 def test_autocast_follows_the_usual_layer_eager_and_compiled(case):
     layer, usual = case.generic(), case.sizes.usual()
     x, dy = case.x(64), case.dy(64)
@@ -705,7 +713,7 @@ def test_autocast_follows_the_usual_layer_eager_and_compiled(case):
 
 
 @every_layer()
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non_strict", "strict"])
 def test_exported_program_equals_eager_at_any_batch_size(case, strict):
     torch._dynamo.reset()
     layer = case.generic(dtype=torch.float64).eval()

@@ -114,6 +114,7 @@ def test_autocast_leaves_the_round_trip_as_good_as_it_was():
         assert net(x.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_compiled_net_is_whole_from_its_first_batch_on():
     net, shape = build("mlp", torch.float32)
     twin, x = copy.deepcopy(net), randn(*shape)

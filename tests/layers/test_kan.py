@@ -519,7 +519,7 @@ def test_extras_survive_copies_and_export():
     assert layer.to("meta")(x.to("meta")).shape == (9, 4)
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["uniform", "adaptive"])
+@pytest.mark.parametrize("adaptive", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["uniform", "adaptive"])
 def test_what_else_a_loss_is_made_of_compiles(adaptive):
     layer = generic(3, 4, adaptive=adaptive, regularize_entropy=1.0, extrapolation="linear")
 

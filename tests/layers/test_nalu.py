@@ -52,7 +52,10 @@ def test_nalu_fails_for_the_published_reason():
     assert unit(torch.zeros(2, dtype=torch.float64)).item() == pytest.approx(1e14, rel=1e-6)
 
 
-@pytest.mark.parametrize(("features", "outputs"), [(1, 1), (2, 2), (100, 2), (300, 300)])
+@pytest.mark.parametrize(
+    ("features", "outputs"),
+    [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1), (100, 2), (300, 300)))],
+)
 def test_init_of_nac_has_the_variance_of_glorot(features, outputs):
     samples = torch.cat(
         [NAC(features, outputs).weight.detach().flatten() for _ in range(60000 // features // outputs + 1)]

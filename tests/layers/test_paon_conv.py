@@ -394,6 +394,7 @@ def test_far_and_undefined_shifts(padding):
         assert not y[:, :2].any()
 
 
+@pytest.mark.slow
 @every_shift_padding
 @pytest.mark.parametrize("each", [False, True], ids=["alike", "each"])
 def test_shifts_pass_gradcheck_twice(each, padding):

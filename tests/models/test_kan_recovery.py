@@ -69,6 +69,7 @@ def test_it_is_a_function_of_the_seed():
     assert all(torch.equal(value, found[1][1][key]) for key, value in found[0][1].items())
 
 
+@pytest.mark.slow
 def test_edges_that_were_pruned_stay_so_and_formulas_may_go():
     x = samples(inputs=3)
     y = x[:, :1] + x[:, 1:2] ** 2
@@ -109,6 +110,7 @@ def test_two_functions_in_a_row_are_found_where_one_does_not_do_and_a_line_where
     assert str(model.formula(tolerance=1e-3)) == "x0*exp(x1**2)"
 
 
+@pytest.mark.slow
 def test_where_trials_end_edges_stay_splines():
     x = samples()
     y = x[:, :1] * x[:, 1:]

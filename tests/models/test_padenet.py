@@ -136,10 +136,12 @@ def boxes(count):
     ("layer", "options", "blocks", "lr"),
     [
         ("conv2d", {}, "plain", 5e-3),
-        ("conv2d", {}, "residual", 5e-3),
-        ("chebyshev_kan_conv2d", {}, "plain", 3e-4),
+        pytest.param("conv2d", {}, "residual", 5e-3, marks=pytest.mark.slow),
+        pytest.param("chebyshev_kan_conv2d", {}, "plain", 3e-4, marks=pytest.mark.slow),
         ("paon_conv2d", {"degrees": (2, 2)}, "plain", 5e-3),
-        ("paon_conv2d", {"degrees": (2, 2), "variant": "absolute"}, "residual", 2e-3),
+        pytest.param(
+            "paon_conv2d", {"degrees": (2, 2), "variant": "absolute"}, "residual", 2e-3, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -165,7 +165,7 @@ def test_a_series_is_a_line_with_its_exponent(build_sizes):
     assert "scaling" not in pictures
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize("count", [2, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8))])
 def test_small_multiples_have_a_panel_for_each_task(build_sizes, count):
     names = [f"function_{i}" for i in range(count)]
     root = draw(sized(build_sizes, names))["scaling"]
@@ -189,7 +189,11 @@ def test_tasks_with_different_scores_have_axes_of_their_own(build_sizes):
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-@pytest.mark.parametrize("scores", [(0.0, 0.0), (-1.0, 1.0), (1e-30, 1e30), (0.5, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "scores",
+    [(0.0, 0.0), (1e-30, 1e30), *(pytest.param(s, marks=pytest.mark.slow) for s in ((-1.0, 1.0), (0.5, 0.5)))],
+    ids=str,
+)
 def test_any_scores_of_any_sizes_can_be_drawn(build_sizes, mode, scores):
     law = {"kan": lambda n, s: scores[0], "linear": lambda n, s: scores[1]}
     assert "scaling" in draw(build_sizes(law, functions=("xy", "j0"), sizes=(100, 101), mode=mode))

@@ -55,7 +55,7 @@ def test_a_comparison_in_which_all_failed_can_be_recorded(build):
 def test_every_marked_place_of_the_readme_gets_its_table(build, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path / "results")
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(readme, "layer_table", lambda: "LAYERS")
+    monkeypatch.setitem(readme.OWN_TABLES, "layers", lambda: "LAYERS")
     for name in ("digits", "other"):
         main([str(build({"linear": [0.9], "kan": [0.8]}, name=name))])
 

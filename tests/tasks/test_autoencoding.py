@@ -238,6 +238,7 @@ def test_cifar10_that_is_damaged_or_absent_is_said_so(small_cifar):
         Autoencoding(dataset="cifar10", data_dir=folder)
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_cifar10_is_the_known_one():
     images, labels = cifar10_arrays(None)

@@ -244,9 +244,9 @@ def test_the_summary_has_both_errors_of_the_paper(name):
     [
         ("linear", {"name": "adam", "lr": 1e-2}, 60),
         ("kan", {"name": "adam", "lr": 1e-2}, 60),
-        ("fast_kan", {"name": "adam", "lr": 1e-2}, 60),
+        pytest.param("fast_kan", {"name": "adam", "lr": 1e-2}, 60, marks=pytest.mark.slow),
         ("linear", {"name": "lbfgs", "lr": 1.0}, 5),
-        ("kan", {"name": "lbfgs", "lr": 1.0}, 5),
+        pytest.param("kan", {"name": "lbfgs", "lr": 1.0}, 5, marks=pytest.mark.slow),
     ],
 )
 def test_models_learn_it(layer, optimizer, steps):

@@ -144,6 +144,7 @@ def test_a_sweep_is_compared_and_not_trained_twice(tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/model.safetensors")} == times
 
 
+@pytest.mark.slow
 def test_flops_can_be_the_budget(tmp_path):
     train("layer=linear,kan,phm", "budget.match=flops", f"output_dir={tmp_path}", *FAST)
     found = records(tmp_path)
@@ -206,6 +207,7 @@ def test_two_runs_side_by_side(tmp_path):
         assert lines_without_time(ours) == lines_without_time(tmp_path / "two" / ours.parent.name / ours.name)
 
 
+@pytest.mark.slow
 def test_a_layer_of_the_users_own_is_swept_like_any_other(tmp_path):
     (tmp_path / "my_layers.py").write_text(
         "from torch import nn\n"

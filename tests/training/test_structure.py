@@ -326,7 +326,11 @@ def test_a_run_through_the_stages_of_selection_resumes_bit_for_bit(tmp_path, sto
 @pytest.mark.parametrize(
     "stop_at", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("optimizer", [{"weight_decay": 0.1}, {"name": "lbfgs", "lr": 1.0}], ids=["adamw", "lbfgs"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"weight_decay": 0.1}, pytest.param({"name": "lbfgs", "lr": 1.0}, marks=pytest.mark.slow)],
+    ids=["adamw", "lbfgs"],
+)
 def test_a_selectable_kan_with_refined_and_moved_grids_resumes_bit_for_bit(tmp_path, stop_at, optimizer):
     def make(seed=0):
         torch.manual_seed(seed)

@@ -64,8 +64,9 @@ def test_the_model_that_was_recorded_is_the_formula(done):
     assert str(model.formula(tolerance=1e-4)) == "x0*x1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # before, right at and after the search
-    "stop_at", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+    "stop_at", [2, 3, 4]
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, stop_at):
     c = config()
@@ -94,6 +95,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, stop_at):
     assert summaries[0]["formula"] == "x0*x1"
 
 
+@pytest.mark.slow
 def test_edges_that_stayed_splines_are_no_success(tmp_path):
     c = config(tmp_path, callbacks={"symbolic_regression": {**QUICK, "names": ["exp"], "trials": 1}})
     summary = execute(c)["summary"]["task"]
