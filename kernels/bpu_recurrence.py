@@ -228,7 +228,7 @@ def _backward(
     dweight = w.new_zeros(w.shape if need_weight else (0,))
     if need_weight:
         dweight.index_add_(0, plan.target_edges, torch.cat(dw[::-1]))
-    return dx.t().to(dy.dtype, memory_format=torch.contiguous_format, copy=True), dweight.to(weight.dtype)
+    return dx.t().to(dy.dtype), dweight.to(weight.dtype)
 
 
 def _through_relu(g: Tensor, kept: Tensor) -> Tensor:
@@ -268,7 +268,8 @@ def bpu_recurrence_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Its gradients."""
     sets = Unpacked(index, layout)
-    return _backward(dy, weight, saved.split(sets.neurons), sets, form, need_drive, need_weight)
+    dx, dweight = _backward(dy, weight, saved.split(sets.neurons), sets, form, need_drive, need_weight)
+    return dx.clone(memory_format=torch.contiguous_format), dweight
 
 
 @bpu_recurrence_op.register_fake

@@ -19,6 +19,18 @@ from archzoo.registry import Card, register_layer
 
 __all__ = ["BPU", "Connectome"]
 
+
+class _ToColumns(nn.Linear):
+    """`nn.Linear` whose output lies in memory as (S, B), as the recurrence takes it: on a CPU faster, and no copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or x.device.type != "cpu":
+            return super().forward(x)
+        if self.bias is None:
+            return (self.weight @ x.t()).t()
+        return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t()
+
+
 INJECT, READOUT = ("first", "every"), ("last", "sum")
 _EDGES = ("edge_pre", "edge_post")
 
@@ -134,7 +146,7 @@ class BPU(nn.Module):
             connectome.pre, connectome.post, pools, steps, inject=inject, residual=residual, readout=readout
         )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.input_proj = nn.Linear(in_features, pools[0], bias, **factory)
+        self.input_proj = _ToColumns(in_features, pools[0], bias, **factory)
         self.output_proj = nn.Linear(pools[2], out_features, bias, **factory)
         weight = torch.empty(connectome.num_edges, **factory)
         if trainable:
@@ -244,9 +256,11 @@ class BPU(nn.Module):
             return F.dropout(drive, self.dropout, self.training)
         halves = torch.empty((drive.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None).view(torch.int32)
         threshold = round(self.dropout * 2**32) - 2**31  # of all 32-bit numbers, from -2^31 on, this share is below
-        kept = torch.empty(drive.numel(), dtype=drive.dtype)
-        torch.ge(halves[: drive.numel()], threshold, out=kept)
-        return drive * kept.mul_(1 / (1 - self.dropout)).view(drive.shape)
+        columns = drive.dim() == 2 and drive.mT.is_contiguous()
+        kept = torch.empty_like(drive.mT if columns else drive, memory_format=torch.contiguous_format)
+        flat = kept.view(-1)
+        torch.ge(halves[: drive.numel()], threshold, out=flat).mul_(1 / (1 - self.dropout))
+        return drive * (kept.mT if columns else kept)
 
     def summary(self) -> dict[str, Any]:
         """What a record should say of the wiring and of what of it acts; plain numbers and texts."""
