@@ -3,7 +3,11 @@ r"""Depthwise causal convolution, $y_t = \phi(b + \sum_{i<W} w_i x_{t-W+1+i})$: 
 Channel-last storage, which `F.conv1d` would copy, is walked in blocks of time: W products a block, each along channels.
 Inputs before the first step are zeros or come from a state; across a border of packed sequences nothing is read. Kept
 for the backward pass are the inputs; the activation's argument is made again. With E = batch L d: 2 W E FLOPs forward,
-6 W E backward. Arithmetic and sums are float32 at least. There is no Triton kernel yet: every device runs this.
+6 W E backward. Arithmetic and sums are float32 at least. The Triton kernel is bound by memory: 2 E numbers are moved
+forward, 3 E backward.
+
+Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place; inside
+`use_backend("triton")` they raise.
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import differentiable_gradients, flop_formula, under_transform, without_autocast
+from archzoo.kernels._backend import refuse_triton, takes_triton
+from archzoo.kernels._op import DifferentiableOp, empty_if, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import check_seq_idx, check_shape, state_dtype
 
 _BLOCK = 2**17  # elements: half of one core's L2 cache for a block of the inputs, half for one of the outputs
@@ -97,12 +102,21 @@ class _Blocks:
         return y if self.bias is None else y.add_(self.bias)
 
 
-@torch.library.custom_op("archzoo::causal_conv1d", mutates_args=())
 @without_autocast
-def causal_conv1d_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    triton: bool = False,
 ) -> Tensor:
     """y (batch, L, d), contiguous, of x (batch, L, d) and initial_state (batch, W - 1, d), in x's dtype."""
+    if triton:
+        from archzoo.kernels import _causal_conv1d_triton
+
+        return _causal_conv1d_triton.forward(x, weight, bias, initial_state, seq_idx, silu)
     y = x.new_empty(x.shape)
     blocks = _Blocks(x, weight, bias, initial_state, seq_idx)
     for time in blocks:
@@ -111,9 +125,33 @@ def causal_conv1d_op(
     return y
 
 
-@torch.library.custom_op("archzoo::causal_conv1d_backward", mutates_args=())
 @without_autocast
-def causal_conv1d_backward_op(
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    needed: list[bool],
+    triton: bool = False,
+) -> list[Tensor]:
+    """Gradients of all tensors, in their order; those not needed, or of what is None, come back empty."""
+    inputs = (x, weight, bias, initial_state, seq_idx)
+    if triton:
+        from archzoo.kernels import _causal_conv1d_triton
+
+        found: tuple[Tensor | None, ...] = _causal_conv1d_triton.backward(dy, *inputs, silu, needed)
+    else:
+        found = _plain_backward(dy, x, weight, bias, initial_state, seq_idx, silu, needed)
+    return [
+        gradient.to(t.dtype).contiguous() if need and t is not None and gradient is not None else empty_if(False, t, dy)
+        for gradient, t, need in zip((*found, None), inputs, needed, strict=True)
+    ]
+
+
+def _plain_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -122,8 +160,8 @@ def causal_conv1d_backward_op(
     seq_idx: Tensor | None,
     silu: bool,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of x, weight, bias and initial_state; those not needed, or of what is None, come back empty."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and initial_state, in the dtype of sums."""
     blocks = _Blocks(x, weight, bias, initial_state, seq_idx)
     W, wide = blocks.W, blocks.dtype
     dx = torch.zeros(x.shape, dtype=wide, device=x.device)
@@ -145,57 +183,7 @@ def causal_conv1d_backward_op(
             if old:
                 dstate[:, W - 1 + start :][:, :old].addcmul_(part[:, :old], blocks.weights[i])
             dx[:, start + old : start + g.shape[1]].addcmul_(part[:, old:], blocks.weights[i])
-    found = (dx, dweights.t(), dbias, dstate)
-    return [
-        gradient.to(t.dtype, copy=True).contiguous() if need and t is not None else x.new_empty(0)
-        for gradient, t, need in zip(found, (x, weight, bias, initial_state), needed, strict=True)
-    ]
-
-
-@causal_conv1d_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@causal_conv1d_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    silu: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    return [
-        x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
-        for t, need in zip((x, weight, bias, initial_state), needed, strict=True)
-    ]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, seq_idx = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():  # create_graph=True
-
-        def definition(*tensors: Any) -> Tensor:
-            arguments: tuple[Any, ...] = (*tensors, seq_idx, ctx.silu)
-            return _plain(*arguments)
-
-        return *differentiable_gradients(definition, dy, inputs, needed), None, None
-    found = causal_conv1d_backward_op(dy, *inputs, seq_idx, ctx.silu, list(needed))
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
-
-
-causal_conv1d_op.register_autograd(_gradients, setup_context=_setup)
+    return dx, dweights.t(), dbias, dstate
 
 
 def _plain(
@@ -205,6 +193,13 @@ def _plain(
     state = None if initial_state is None else initial_state.mT
     activation = "silu" if silu else None
     return causal_conv1d_reference(x.mT, weight, bias, activation, seq_idx=seq_idx, initial_state=state).mT
+
+
+def _fake(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+causal_conv1d_op = DifferentiableOp("causal_conv1d", _forward, _backward, fake=_fake, definition=_plain, tensors=5)
 
 
 @flop_formula(torch.ops.archzoo.causal_conv1d)
@@ -241,7 +236,9 @@ def causal_conv1d(
         y (batch, d, L) in x's dtype and in channel-last storage. Autocast rounds nothing here.
 
     Raises:
-        ValueError: If a shape or dtype does not fit x, or the activation is unknown; the message names the argument.
+        ValueError: If a shape or dtype does not fit x, or the activation is unknown; the message names the argument;
+            as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype}: must be (batch, d, L) and real floating point")
@@ -266,4 +263,9 @@ def causal_conv1d(
         check_shape("initial_state", initial_state, (batch, d, columns))
         initial_state = _last_columns(initial_state, W).mT
     arguments = (x.mT, weight, bias, initial_state, seq_idx, activation == "silu")
-    return (_plain(*arguments) if under_transform() else causal_conv1d_op(*arguments)).mT
+    if under_transform():
+        refuse_triton("causal_conv1d", "a torch.func transform")
+        return _plain(*arguments).mT
+    triton = takes_triton("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
+    y: Tensor = causal_conv1d_op(*arguments, triton)
+    return y.mT

@@ -14,8 +14,12 @@ threads, which sets the size of a tile).
 FLOPs: 9 E N forward, as commonly counted (an exp is one); 20 E N backward, with the states made again.
 Time and memory beside others: `benchmarks/mamba_speed.py`.
 
-Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place. There is no Triton
-kernel yet: on a GPU the loop over steps is slow.
+The Triton kernel walks time too, with the states of a block of channels in registers, and makes the states again from
+the same borders; where batch and channels are few it also cuts time into segments. It is bound by exp2: E N of them
+forward, at 16 a clock and multiprocessor, and by E N times 14 products and sums backward.
+
+Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place; inside
+`use_backend("triton")` they raise.
 """
 
 from collections.abc import Sequence
@@ -25,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import differentiable_gradients, flop_formula, under_transform, without_autocast
+from archzoo.kernels._backend import refuse_triton, takes_triton
+from archzoo.kernels._op import DifferentiableOp, empty_if, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import (
     STEPS,
     Block,
@@ -95,9 +100,8 @@ def _weights_of_steps(t: Tensor, d: int, length: int, dtype: torch.dtype) -> Seq
 # --- The op -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("archzoo::selective_scan", mutates_args=())
 @without_autocast
-def selective_scan_op(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -109,8 +113,15 @@ def selective_scan_op(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     delta_softplus: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (batch, L, d) in u's dtype, the last state (batch, d, N), and the states before blocks, all contiguous."""
+    if triton:
+        from archzoo.kernels import _selective_scan_triton
+
+        return _selective_scan_triton.forward(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus
+        )
     problem = Problem(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus)
     out, last, borders = _outputs(u, A, B, C)
     for where in problem.tiles():
@@ -145,9 +156,8 @@ def _outputs(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
 class _Gradients:
     """Memory for the gradients that are needed; those summed over blocks are in the dtype of the states."""
 
-    def __init__(self, problem: Problem, originals: Sequence[Tensor | None], needed: Sequence[bool]):
+    def __init__(self, problem: Problem, needed: Sequence[bool]):
         x, wide = problem, problem.dtype
-        self.originals, self.like = originals, x.u
 
         def memory(which: int, t: Tensor | None, dtype: torch.dtype, zeros: bool = True) -> Tensor | None:
             if t is None or not needed[which]:
@@ -160,18 +170,17 @@ class _Gradients:
         self.z = None if x.z is None else memory(6, x.z, x.z.dtype, False)
         self.initial_state = memory(8, x.initial_state, wide, False)
 
-    def results(self) -> list[Tensor]:
-        """In the shapes and dtypes of the op's arguments."""
-        found = (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias, self.initial_state)
-        return [_fit(gradient, t, self.like) for gradient, t in zip(found, self.originals, strict=True)]
+    def results(self) -> list[Tensor | None]:
+        """In the order of the op's arguments."""
+        return [self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias, self.initial_state]
 
 
-def _fit(gradient: Tensor | None, t: Tensor | None, like: Tensor) -> Tensor:
+def _fit(gradient: Tensor | None, t: Tensor | None, dy: Tensor) -> Tensor:
     if gradient is None or t is None:
-        return like.new_empty(0)
+        return empty_if(False, t, dy)
     if gradient.dim() == 4 and gradient.shape != t.shape:  # B or C, spread to more groups
         gradient = gradient.unflatten(2, (t.shape[2], -1)).sum(3)
-    return gradient.to(t.dtype)
+    return gradient.to(t.dtype).contiguous()
 
 
 def _accumulate(total: Tensor, tile: Tile, time: slice, part: Tensor) -> None:
@@ -236,12 +245,11 @@ def _block_backward(block: Block, dout: Tensor | None, carry: Tensor, found: _Gr
     return before
 
 
-@torch.library.custom_op("archzoo::selective_scan_backward", mutates_args=())
 @without_autocast
-def selective_scan_backward_op(
-    u: Tensor,
+def _backward(
     dout: Tensor | None,
     dlast: Tensor | None,
+    u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
@@ -253,11 +261,26 @@ def selective_scan_backward_op(
     seq_idx: Tensor | None,
     borders: Tensor,
     delta_softplus: bool,
-    needed: Sequence[bool],
+    needed: list[bool],
+    triton: bool = False,
 ) -> list[Tensor]:
-    """Gradients of u to initial_state, in that order; those not needed, or of what is None, come back empty."""
-    problem = Problem(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus)
-    found = _Gradients(problem, (u, delta, A, B, C, D, z, delta_bias, initial_state), needed)
+    """Gradients of all tensors, in their order; those not needed, or of what is None, come back empty."""
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    if triton:
+        from archzoo.kernels import _selective_scan_backward_triton
+
+        found = _selective_scan_backward_triton.backward(dout, dlast, *tensors, borders, delta_softplus, needed[:9])
+    else:
+        found = _plain_backward(dout, dlast, Problem(*tensors, delta_softplus), borders, needed)
+    dy = next(t for t in (dout, dlast) if t is not None)
+    return [_fit(gradient, t, dy) for gradient, t in zip((*found, None), tensors, strict=True)]
+
+
+def _plain_backward(
+    dout: Tensor | None, dlast: Tensor | None, problem: Problem, borders: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of u to initial_state; B and C spread to the groups of both."""
+    found = _Gradients(problem, needed)
     blocks = problem.blocks()
     for where in problem.tiles():
         tile = Tile(problem, where, buffers=3)
@@ -269,75 +292,6 @@ def selective_scan_backward_op(
         if found.initial_state is not None:
             tile.state(found.initial_state).copy_(carry)
     return found.results()
-
-
-@selective_scan_op.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(u, A, B, C)
-
-
-@selective_scan_backward_op.register_fake
-def _(
-    u: Tensor,
-    dout: Tensor | None,
-    dlast: Tensor | None,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    borders: Tensor,
-    delta_softplus: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [
-        u.new_empty(0) if t is None or not need else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t, need in zip(inputs, needed, strict=True)
-    ]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _gradients(ctx: Any, dout: Tensor | None, dlast: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, seq_idx, borders = ctx.saved_tensors
-    needed = ctx.needs_input_grad[: len(inputs)]
-    if dout is None and dlast is None:
-        return (None,) * (len(inputs) + 2)
-    if torch.is_grad_enabled():  # create_graph=True
-
-        def definition(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-            arguments: tuple[Any, ...] = (*tensors, seq_idx, ctx.delta_softplus)
-            return _plain(*arguments)
-
-        return *differentiable_gradients(definition, (dout, dlast), inputs, needed), None, None
-    u, *others = inputs
-    found = selective_scan_backward_op(u, dout, dlast, *others, seq_idx, borders, ctx.delta_softplus, list(needed))
-    return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
-
-
-selective_scan_op.register_autograd(_gradients, setup_context=_setup)
 
 
 def _plain(
@@ -372,6 +326,15 @@ def _plain(
     return y.mT, last
 
 
+def _fake(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(u, A, B, C)
+
+
+selective_scan_op = DifferentiableOp(
+    "selective_scan", _forward, _backward, fake=_fake, definition=_plain, tensors=10, kept=1
+)
+
+
 # --- What it costs ----------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +345,7 @@ def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: An
 
 
 @flop_formula(torch.ops.archzoo.selective_scan_backward)
-def _backward_flops(u: Any, dout: Any, dlast: Any, delta: Any, A: Any, *args: Any, **kwargs: Any) -> int:
+def _backward_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, *args: Any, **kwargs: Any) -> int:
     batch, length, d = u
     return int(20 * batch * length * d * A[1])
 
@@ -468,13 +431,17 @@ def selective_scan(
         which is float32, or float64 where u is.
 
     Raises:
-        ValueError: If a shape or dtype does not fit u; the message names the argument.
+        ValueError: If a shape or dtype does not fit u; the message names the argument; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     B, C = (t if t.dim() == 2 else (t.unsqueeze(1) if t.dim() == 3 else t).permute(0, 3, 1, 2) for t in (B, C))
     arguments = (u.mT, delta.mT, A, B, C, D, None if z is None else z.mT, delta_bias, initial_state, seq_idx)
     if under_transform():
+        refuse_triton("selective_scan", "a torch.func transform")
         out, last = _plain(*arguments, delta_softplus)
     else:
-        out, last, _ = selective_scan_op(*arguments, delta_softplus)
+        floating = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+        triton = takes_triton("selective_scan", **floating, delta_bias=delta_bias, initial_state=initial_state)
+        out, last = selective_scan_op(*arguments, delta_softplus, triton)
     return (out.mT, last) if return_last_state else out.mT

@@ -1,15 +1,21 @@
 r"""One step of the selective scan, for decoding: $h \leftarrow e^{\Delta A} h + \Delta B x$, $y = C h + D x$, in place.
 
-Plain torch: a step is a dozen small operators, bound by their calls. The same function serves Mamba (state (batch, d,
-N)) and Mamba-2 (state (batch, heads, P, N)), and equals `selective_scan` at length 1.
+In plain torch a step is a dozen small operators, bound by their calls; the Triton kernel is one, bound by memory: the
+state is read and written once. Where a gradient is asked for, Triton takes `selective_scan` at length 1, which the step
+equals. The same function serves Mamba (state (batch, d, N)) and Mamba-2 (state (batch, heads, P, N)).
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._op import without_autocast
+from archzoo.kernels._backend import refuse_triton, takes_triton
+from archzoo.kernels._op import plain_eager, under_transform, without_autocast
 from archzoo.kernels._scan import check_shape
+from archzoo.kernels.selective_scan import selective_scan
 
 
 def selective_state_update(
@@ -46,7 +52,8 @@ def selective_state_update(
         out, of the shape and dtype of x.
 
     Raises:
-        ValueError: If a shape or dtype does not fit the state; the message names the argument.
+        ValueError: If a shape or dtype does not fit the state; the message names the argument; as `takes_triton`.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     if state.dim() not in (3, 4) or not state.is_floating_point():
         raise ValueError(
@@ -75,6 +82,70 @@ def selective_state_update(
     return state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
+def _update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    from archzoo.kernels import _selective_state_update_triton
+
+    return _selective_state_update_triton.update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+_update_op = torch.library.custom_op("archzoo::selective_state_update", _update, mutates_args=("state",))
+
+
+@_update_op.register_fake
+def _(state: Tensor, x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _by_scan(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """A scan of one step, from a copy of the state, with heads as groups of channels."""
+    batch, *channels, N = state.shape
+    d = math.prod(channels)
+
+    def steps(t: Tensor) -> Tensor:
+        return t.expand(batch, *channels).reshape(batch, d, 1)
+
+    def vector(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.expand(channels).reshape(d)
+
+    y, last = selective_scan(
+        steps(x.double() if state.dtype == torch.float64 else x),
+        steps(dt),
+        A.expand(*channels, N).reshape(d, N),
+        B.unsqueeze(-1),
+        C.unsqueeze(-1),
+        vector(D),
+        None if z is None else steps(z),
+        vector(dt_bias),
+        dt_softplus,
+        return_last_state=True,
+        initial_state=state.reshape(batch, d, N).clone(),
+    )
+    state.copy_(last.view(state.shape))
+    return y.view(x.shape).to(x.dtype)
+
+
 @without_autocast
 def state_update(
     state: Tensor,
@@ -88,7 +159,17 @@ def state_update(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    """`selective_state_update` of arguments that fit: checks take a tenth of a step's time."""
+    """`selective_state_update` of arguments that fit, or broadcast: checks take a tenth of a step's time."""
+    tensors = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    if under_transform():
+        refuse_triton("selective_state_update", "a torch.func transform")
+    elif takes_triton("selective_state_update", **tensors):
+        if trains:
+            return _by_scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        update = _update if plain_eager(x) else torch.ops.archzoo.selective_state_update
+        out: Tensor = update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return out
     wide = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
     x_wide, delta = x.to(wide), dt.to(wide)
     if dt_bias is not None:
@@ -98,7 +179,7 @@ def state_update(
     B, C = _by_group(B.to(wide), state), _by_group(C.to(wide), state)
     a = (delta.unsqueeze(-1) * A.to(wide)).exp_()
     scaled = (delta * x_wide).unsqueeze(-1)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, dt, A, B, C, dt_bias)):
+    if trains:
         new = torch.addcmul(a * state.clone(), scaled, B)  # the copy is what the backward pass reads
         state.copy_(new)
     elif state.dtype == wide:

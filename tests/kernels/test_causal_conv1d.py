@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import causal_conv1d as module
 from archzoo.kernels.causal_conv1d import (
     causal_conv1d,
-    causal_conv1d_backward_op,
     causal_conv1d_op,
     causal_conv1d_reference,
 )
@@ -146,10 +145,10 @@ def test_opcheck(options):
     seq_idx = torch.zeros(2, 11, dtype=torch.int64)
     rest = (None, None, None) if options == "none" else (bias, state.mT[:, 1:], seq_idx)
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in (x.mT, weight, *rest)]
-    opcheck(causal_conv1d_op, (*leaves, options == "all"))
+    opcheck(causal_conv1d_op.op, (*leaves, options == "all"))
     plain = [None if t is None else t.detach() for t in leaves]
-    for needs in ([True] * 4, [True, False, True, False]):
-        opcheck(causal_conv1d_backward_op, (dy.mT, *plain, True, needs))
+    for needs in ([True] * 4 + [False], [True, False, True, False, False]):
+        opcheck(causal_conv1d_op.backward_op, (dy.mT, *plain, True, needs))
 
 
 def test_compile_holds_one_node_and_transforms_work():

@@ -16,7 +16,8 @@ SHARED = {80: 163, 90: 227, 100: 227}
 
 
 @needs_triton
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers():
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_kernels"],
