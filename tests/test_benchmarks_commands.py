@@ -173,6 +173,7 @@ def test_unknown_ops_are_refused():
     assert len(gpu.choose(["basis_linear"])) == 5
 
 
+@pytest.mark.slow
 def test_a_checkout_without_installation_lists_its_cases_with_torch_alone(tmp_path):
     """Nothing but torch can be imported, no `.pth` file is read, and the working folder is another one."""
     code = (

@@ -134,6 +134,7 @@ def test_installed_kernels_are_archzoos_and_nobody_elses(installed):
     assert bare == "None"
 
 
+@pytest.mark.slow
 def test_installed_zoo_has_the_layers_that_the_checkout_has(installed):
     code = "import json, archzoo; print(json.dumps(archzoo.list_layers()))"
     assert run_installed(installed, code) == run_python(code)
@@ -204,6 +205,7 @@ def test_the_zoo_works_without_any_optional_package():
     )
 
 
+@pytest.mark.slow
 def test_numpy_is_needed_by_no_layer():
     run_python(
         without(("numpy", *HEAVY)) + "import warnings; warnings.simplefilter('ignore')\n"

@@ -279,7 +279,11 @@ def test_layers_of_an_installed_package_are_in_the_zoo(plug_in):
     ("fault", "says"),
     [
         ("import no_such_package_at_all", "ModuleNotFoundError"),
-        (GOOD.format(name="half_there") + "raise RuntimeError('out of order')", "out of order"),
+        pytest.param(
+            GOOD.format(name="half_there") + "raise RuntimeError('out of order')",
+            "out of order",
+            marks=pytest.mark.slow,
+        ),
         (GOOD.format(name="linear"), "name='linear': already registered by torch.nn"),
     ],
     ids=["missing_import", "raises", "takes_a_taken_name"],
@@ -304,6 +308,7 @@ def test_a_broken_package_warns_once_and_leaves_the_zoo_standing(plug_in, fault,
     assert says in out
 
 
+@pytest.mark.slow
 def test_a_broken_layer_file_of_ours_fails_each_time_with_its_own_error(tmp_path):
     """No zoo with a part missing: neither the second look-up nor an attribute may hide what went wrong in the first."""
     (tmp_path / "zz_broken.py").write_text(GOOD.format(name="zz_broken") + "\nnn.no_such_thing\n")

@@ -340,6 +340,7 @@ def test_flops_are_those_of_the_equation():
     assert counted(*leaves, backward=True) == (3 + 12) * 7 * 2 * 5 + (4 + 8) * n
 
 
+@pytest.mark.slow
 def test_flop_formulas_wait_for_the_counter_and_do_not_import_it():
     run_python(
         "import sys, torch\n"

@@ -54,6 +54,7 @@ def test_values_and_all_gradients_with_all_options(L, dtype):
     assert_close(got, truth, BOUNDS[dtype])
 
 
+@pytest.mark.slow
 def test_values_and_all_gradients_of_a_long_sequence():
     arguments = to(problem(batch=1, d=3, N=4, L=4099, decay=(-2.0, -1e-3)), torch.float32)
     in_double = to(arguments, torch.float64)

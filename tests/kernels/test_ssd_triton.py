@@ -60,6 +60,7 @@ def test_without_options_and_of_size_one(sizes):
     check(small(H=1, options=(), **sizes))
 
 
+@pytest.mark.slow
 def test_tiles_and_uneven_splits_of_heads():
     from archzoo.kernels._ssd_backward_triton import INPUTS, SCORES, WEIGHTS
     from archzoo.kernels._ssd_triton import OUTPUTS, STATES
@@ -206,6 +207,7 @@ def test_chunks_are_of_a_power_of_two(chunk_size, steps):
     assert triton_steps(torch.empty(0, dtype=torch.float64), chunk_size) == min(steps, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.plain_memory
 def test_memory():
     def run(x, dt, A, B, C):

@@ -296,7 +296,9 @@ def test_functional_transforms_go_through_the_definition():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 @every_wavelet
-@pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (0, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(5, torch.float32), pytest.param(0, torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_ops_pass_opcheck(wavelet, rows, dtype):
     (*inputs, bias), dy = problem((rows,), 3, 4, dtype, torch.float32)
     for needed in ([True] * 5, [False, False, True, False, False]):
@@ -383,6 +385,7 @@ def test_memory_of_forward_and_backward_is_bounded(wavelet, dtype):
     assert peak <= 3 * size_of((*inputs, dy)) + tiles
 
 
+@pytest.mark.slow
 @pytest.mark.plain_memory
 def test_memory_of_a_convolution_is_bounded():
     """All edges would take 288 MiB, all patches alone 18 MiB."""
@@ -462,7 +465,7 @@ def on_patches(x, weight, scale, translation, bias, wavelet, pad_value, **geomet
 
 @pytest.mark.parametrize("pad_value", [None, 0.0, -0.7])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("tiles", ["usual", "small"])
+@pytest.mark.parametrize("tiles", ["usual", pytest.param("small", marks=pytest.mark.slow)])
 @every_wavelet
 def test_a_convolution_is_the_linear_layer_on_patches(geometry, pad_value, tiles, wavelet, request):
     if tiles == "small":

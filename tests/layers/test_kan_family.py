@@ -34,7 +34,7 @@ def accuracy_on_digits(name: str, digits: tuple[Tensor, Tensor], seed: int) -> f
         return (model(images[1400:]).argmax(1) == classes[1400:]).double().mean().item()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", [FAMILY[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILY[1:])])
 def test_reads_digits(name, digits):
     assert name in archzoo.list_layers(kind="linear")
     assert accuracy_on_digits(name, digits, seed=0) >= 0.92

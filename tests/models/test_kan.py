@@ -279,6 +279,7 @@ def test_exports(any_state):
     assert rms_error(exported(x), any_state(x)) < 1e-12
 
 
+@pytest.mark.slow
 def test_compiled_model_without_a_graph_break_follows_pruning_and_formulas():
     model, x = generic(), samples(60, 3)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -310,6 +311,7 @@ def test_reset_starts_anew_with_the_sizes_there_are():
     assert not any(t.sub(1).any() for n, t in model.state_dict().items() if n.endswith("node_scale"))
 
 
+@pytest.mark.slow
 def test_nothing_is_written_and_no_plotting_is_imported_until_asked_for(tmp_path):
     run_python(
         """

@@ -81,6 +81,7 @@ def test_edges_that_were_pruned_stay_so_and_formulas_may_go():
     assert model.numeric_edges() == []
 
 
+@pytest.mark.slow
 def test_pruned_inputs_stay_so():
     x = samples(inputs=3)
     y = x[:, 2:] * x[:, :1]

@@ -84,6 +84,7 @@ def test_the_design_documents_call_works():
     assert model(torch.randn(1, 3, 224, 224)).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_importing_the_models_registers_them_and_importing_archzoo_stays_light():
     out = run_python(
         "import sys, archzoo\n"

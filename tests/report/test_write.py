@@ -241,7 +241,7 @@ json_values = st.recursive(
 )
 
 
-@pytest.fixture(scope="module", params=["plain", "sized"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("sized", marks=pytest.mark.slow)])
 def records(request, tmp_path_factory):
     """A folder with a few runs to spoil, and what their run.json held."""
     from importlib import util

@@ -72,6 +72,7 @@ def test_the_command_of_the_readme_trains_a_swapped_model_and_gives_it_back(tmp_
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_untouched_model_for_its_baseline(tmp_path):
     train(*VIT, f"swap={{{MLPS}: layer}}", "layer=linear,fast_kan", f"output_dir={tmp_path}", *FAST)
     found = records(tmp_path)
