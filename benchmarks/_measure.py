@@ -8,6 +8,7 @@ import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,8 +236,8 @@ def _others(
 
     found: list[tuple[str, _Builder, dict[str, str] | None]] = []
     if part in ("eager", "all"):
-        build = lambda: op.contestant(op.definition, inputs)  # noqa: E731 - beside its like below
-        found.append((DEFINITION, build, room(op.memory(size, itemsize))))
+        definition = partial(op.contestant, op.definition, inputs)
+        found.append((DEFINITION, definition, room(op.memory(size, itemsize))))
         for peer in op.peers:
             if device.where in peer.where:
                 reason = room(peer.memory(size, itemsize) if peer.memory else 0)
