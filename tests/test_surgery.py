@@ -201,6 +201,14 @@ def test_inference_of_torchs_transformer_layer_takes_the_new_layers(layer_name):
         assert torch.equal(model(x, src_key_padding_mask=mask), original)
 
 
+def test_where_meta_is_the_default_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        report = archzoo.swap(model, {nn.Linear: "kan"}, match="params")
+    assert abs(report.parameters[1] / report.parameters[0] - 1) <= 0.01
+    assert {p.device.type for p in report.model.parameters()} == {"meta"}
+
+
 def test_on_meta():
     with torch.device("meta"):
         model = Net()
