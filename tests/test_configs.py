@@ -190,7 +190,6 @@ LARGE = {
     "associative_recall",
     "selective_copying",
     "arithmetic",
-    "aptx_mnist_scaled",
     "arithmetic_single",
     "kan_symbolic",
 }
