@@ -4,6 +4,7 @@
 and the like, which run where archzoo is imported. ONNX has no such ops, so `export_onnx` writes their definitions.
 """
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def export_onnx(
         ValueError: If the model has an op that ONNX has not; names it, and the module that calls it.
     """
     try:
-        import onnxscript  # noqa: F401 - torch imports it late, and then tells less
+        importlib.import_module("onnxscript")  # now: torch imports it late, and then tells less
     except ImportError as error:
         raise ImportError(f"export_onnx needs onnx and onnxscript ({error}): pip install 'archzoo[onnx]'") from error
     from torch.onnx import OnnxExporterError

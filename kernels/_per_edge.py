@@ -8,14 +8,14 @@ matters little. Of two passes over the edges the first walks inputs, for y; then
 x; and one walks rows, some of them in each program where there are few parameters, for the gradients of these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from archzoo.kernels._block_sizes import Blocks
+from archzoo.kernels._block_sizes import Blocks, BlockSizes
 from archzoo.kernels._triton import INTERPRETED, cdiv, helper
 
 _PROGRAMS = 512  # that fill a GPU of 132 multiprocessors: about four for each
@@ -113,3 +113,57 @@ def tiling(blocks: Blocks, groups: int, M: int, N: int) -> tuple[int, int, int]:
 def partial_sums(splits: int, like: Tensor, dtype: torch.dtype, needed: Sequence[bool]) -> list[Any]:
     """Memory for sums over rows, one of each program; None for one that is not needed."""
     return [torch.empty(splits, *like.shape, dtype=dtype, device=like.device) if need else None for need in needed]
+
+
+def edge_block_sizes(
+    op: str,
+    problem: Callable[[torch.dtype, Any, int, int, int], tuple[Tensor, Tensor, Any]],
+    forward: Callable[..., Any],
+    input_gradient: Callable[..., Any],
+    parameter_sums: Callable[..., Any],
+) -> tuple[BlockSizes, BlockSizes, BlockSizes]:
+    """Those of the three passes of an op with three parameters an edge: forward, dx, and the sums for parameters.
+
+    Args:
+        op: Name of the forward pass.
+        problem: For (dtype, device, rows, outputs, inputs) dy and x (1, rows, features), and the prepared parameters.
+        forward: Of x and these, and a bias.
+        input_gradient: Of dy, x and these.
+        parameter_sums: The same, and which are needed.
+    """
+
+    def forward_problem(dtype: torch.dtype, device: Any, rows: int, outputs: int, inputs: int) -> Any:
+        _, x, edges = problem(dtype, device, rows, outputs, inputs)
+        return lambda: forward(x, edges, None)
+
+    def input_problem(dtype: torch.dtype, device: Any, rows: int, inputs: int, outputs: int) -> Any:
+        dy, x, edges = problem(dtype, device, rows, outputs, inputs)
+        return lambda: input_gradient(dy, x, edges)
+
+    def parameters_problem(dtype: torch.dtype, device: Any, outputs: int, inputs: int, rows: int) -> Any:
+        dy, x, edges = problem(dtype, device, rows, outputs, inputs)
+        return lambda: parameter_sums(dy, x, edges, [True] * 3)
+
+    def rule(dtype: torch.dtype, M: int, N: int, K: int) -> Blocks:
+        return tile_rule(M, N, 4096, 32)
+
+    def candidates(dtype: torch.dtype, M: int, N: int, K: int) -> list[Blocks]:
+        return tile_candidates(M, N, 4096)
+
+    def parameters_rule(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> Blocks:
+        return rows_rule(outputs, inputs, rows, 3, 2048, 16)
+
+    def parameters_candidates(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> list[Blocks]:
+        return rows_candidates(outputs, inputs, rows, 3, 2048)
+
+    return (
+        BlockSizes(op, rule, candidates, forward_problem, [(8192, 3072, 768), (256, 128, 784)]),
+        BlockSizes(f"{op}_dx", rule, candidates, input_problem, [(8192, 768, 3072), (256, 784, 128)]),
+        BlockSizes(
+            f"{op}_dparameters",
+            parameters_rule,
+            parameters_candidates,
+            parameters_problem,
+            [(3072, 768, 8192), (128, 784, 256)],
+        ),
+    )

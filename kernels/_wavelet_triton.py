@@ -17,16 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from archzoo.kernels._block_sizes import Blocks, BlockSizes
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels._per_edge import (
+    edge_block_sizes,
     exp2,
     partial_sums,
     place,
-    rows_candidates,
-    rows_rule,
-    tile_candidates,
-    tile_rule,
     tiling,
     zeros,
 )
@@ -283,44 +279,6 @@ def _problem(dtype: torch.dtype, device: Any, rows: int, outputs: int, inputs: i
     return dy, x, edges(x, weight, scale, translation, wavelet)
 
 
-def _forward_problem(dtype: torch.dtype, device: Any, rows: int, outputs: int, inputs: int) -> Any:
-    _, x, e = _problem(dtype, device, rows, outputs, inputs)
-    return lambda: forward(x, e, None)
-
-
-def _input_problem(dtype: torch.dtype, device: Any, rows: int, inputs: int, outputs: int) -> Any:
-    dy, x, e = _problem(dtype, device, rows, outputs, inputs)
-    return lambda: input_gradient(dy, x, e)
-
-
-def _parameters_problem(dtype: torch.dtype, device: Any, outputs: int, inputs: int, rows: int) -> Any:
-    dy, x, e = _problem(dtype, device, rows, outputs, inputs)
-    return lambda: parameter_sums(dy, x, e, [True] * 3)
-
-
-def _rule(dtype: torch.dtype, M: int, N: int, K: int) -> Blocks:
-    return tile_rule(M, N, 4096, 32)
-
-
-def _candidates(dtype: torch.dtype, M: int, N: int, K: int) -> list[Blocks]:
-    return tile_candidates(M, N, 4096)
-
-
-def _parameters_rule(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> Blocks:
-    return rows_rule(outputs, inputs, rows, 3, 2048, 16)
-
-
-def _parameters_candidates(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> list[Blocks]:
-    return rows_candidates(outputs, inputs, rows, 3, 2048)
-
-
-FORWARD = BlockSizes("wavelet_linear", _rule, _candidates, _forward_problem, [(8192, 3072, 768), (256, 128, 784)])
-INPUT = BlockSizes("wavelet_linear_dx", _rule, _candidates, _input_problem, [(8192, 768, 3072), (256, 784, 128)])
-PARAMETERS = BlockSizes(
-    "wavelet_linear_dparameters",
-    _parameters_rule,
-    _parameters_candidates,
-    _parameters_problem,
-    [(3072, 768, 8192), (128, 784, 256)],
+FORWARD, INPUT, PARAMETERS = TUNED = edge_block_sizes(
+    "wavelet_linear", _problem, forward, input_gradient, parameter_sums
 )
-TUNED = (FORWARD, INPUT, PARAMETERS)

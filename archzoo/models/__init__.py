@@ -8,10 +8,17 @@
 ['archzoo_padenet18', 'archzoo_resnet18']
 """
 
-from archzoo.models import bpu_classifier as _bpu_classifier  # noqa: F401 - these register with timm
-from archzoo.models import capsnet as _capsnet  # noqa: F401
-from archzoo.models import capsule_classifier as _capsule_classifier  # noqa: F401
-from archzoo.models import efficient_capsnet as _efficient_capsnet  # noqa: F401
-from archzoo.models import timm_families as _timm_families  # noqa: F401
-from archzoo.models import vision_mamba as _vision_mamba  # noqa: F401
-from archzoo.models import vit as _vit  # noqa: F401
+from importlib import import_module
+
+_WITH_TIMM = (
+    "bpu_classifier",
+    "capsnet",
+    "capsule_classifier",
+    "efficient_capsnet",
+    "timm_families",
+    "vision_mamba",
+    "vit",
+)
+
+for _name in _WITH_TIMM:  # which register as they are imported
+    import_module(f"archzoo.models.{_name}")

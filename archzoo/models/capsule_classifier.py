@@ -176,7 +176,8 @@ class CapsuleClassifier(CapsuleNetwork):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backbone computes its blocks again in the backward pass rather than keep them."""
-        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]  # every model of timm has it
+        backbone: Any = self.backbone  # of timm, all of whose models have it
+        backbone.set_grad_checkpointing(enable)
 
 
 _NAME = "archzoo_capsule_classifier"
