@@ -17,6 +17,8 @@ Predicate = Callable[[str, nn.Module], bool]
 Factory = Callable[[nn.Module], nn.Module]
 Rule = str | type[nn.Module] | Predicate
 Choice = str | tuple[str, Mapping[str, Any]] | Factory | None
+Rules = Mapping[str, Choice] | Mapping[type[nn.Module], Choice] | Mapping[Rule, Choice]
+"""A mapping is invariant in its keys: without the first two, type checkers would refuse a dict of globs."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ class HubMixin(PyTorchModelHubMixin):
         if "" in rules:
             raise ValueError("rules['']: replaces the model itself, which then is no longer this class")
         assert isinstance(self, nn.Module)
-        chosen: Any = rules  # a Mapping is invariant in its keys
-        report = swap(self, chosen, match=match, init=init, **options)
+        report = swap(self, rules, match=match, init=init, **options)
         if not report.dry_run:
             self._hub_mixin_config = {**(config or {}), _KEY: [*(config or {}).get(_KEY, []), stored]}
         return report

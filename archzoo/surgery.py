@@ -60,7 +60,7 @@ from archzoo._surgery_checks import Setting, dress, never_called, refusals, sett
 from archzoo._surgery_match import TOLERANCE, Costs, Fit, fit
 from archzoo._surgery_measure import Measured, measure, output_errors
 from archzoo._surgery_optimizer import Regrouping, check_optimizer, regroup
-from archzoo._surgery_sites import Choice, Rule, Site, find_sites, parse_rules, rule_text, unmatched_message
+from archzoo._surgery_sites import Rules, Site, find_sites, parse_rules, rule_text, unmatched_message
 from archzoo._surgery_table import table
 from archzoo.budget import count_parameters
 
@@ -175,7 +175,7 @@ class _Operation:
 
 def swap(
     model: nn.Module,
-    rules: Mapping[Rule, Choice],
+    rules: Rules,
     *,
     match: Literal["params", "flops"] | None = None,
     init: Literal["fresh", "from_original"] = "fresh",

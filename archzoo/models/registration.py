@@ -102,7 +102,7 @@ def exchange(model: nn.Module, places: Mapping[str, Layer], activations: str | N
     }
     if not rules:
         return
-    swap(model, rules)  # type: ignore[arg-type]  # a dict of tuples is a mapping of choices, which mypy takes as invariant
+    swap(model, rules)
     if activations is None or not all(get_layer(name).nonlinear for name, _ in places.values()):
         return
     for prefix, module in list(model.named_modules()):
