@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_input(x: Tensor, channels: int) -> None:
-    """A ValueError unless x is (B, C, H, W) or (C, H, W), of so many channels and of a floating-point dtype."""
+    """A ValueError unless x is (B, C, H, W) or (C, H, W), of so many channels, with a pixel and of a float dtype."""
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: must be a floating-point one")
     if x.dim() not in (3, 4) or x.shape[-3] != channels:
@@ -16,6 +16,8 @@ def check_input(x: Tensor, channels: int) -> None:
             f"x has shape {tuple(x.shape)}: must be (batch, {channels}, height, width) or ({channels}, height, width); "
             f"it has {size} channels where {channels} are needed"
         )
+    if x.numel() == 0 and 0 in x.shape[-2:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}: must have a pixel")
 
 
 def output_size(

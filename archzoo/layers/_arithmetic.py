@@ -1,18 +1,12 @@
 """What the arithmetic units share: checks, dtypes, and linear maps that keep their digits under autocast."""
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def _check_sizes(in_features: Any, out_features: Any) -> None:
-    for name, value in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value}: must be a whole number, 1 or more, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -23,15 +17,6 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_number(name: str, value: Any, positive: bool = False) -> None:
     if not isinstance(value, Real) or not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}={value!r}: must be a finite number, {'above 0' if positive else '0 or more'}")
-
-
-def _check_input(x: Tensor, in_features: int, parameter: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"input of shape {tuple(x.shape)}: its last size must be in_features={in_features}")
-    if x.dtype != parameter.dtype and not (
-        _under_autocast(x) and x.is_floating_point() and torch.float64 not in (x.dtype, parameter.dtype)
-    ):
-        raise ValueError(f"input of {x.dtype}: must be {parameter.dtype}, as the unit's parameters are")
 
 
 def _under_autocast(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from archzoo.kernels._conv import check_input
 from archzoo.kernels.basis_conv2d import basis_conv2d, padding_sides
 from archzoo.kernels.basis_linear import Basis, basis_linear
+from archzoo.layers._check import check_features, check_image
 from archzoo.layers._conv import as_pair, check_channels, check_padding
 from archzoo.layers._start_kan import _FromConv2d, _nearest, _normal, _on_edges
 
@@ -129,8 +130,13 @@ class _KANLinear(nn.Module):
         """Samples as (N, features)."""
         return self._checked(x).reshape(-1, self.in_features)
 
+    def _check(self, x: Tensor, weight: Tensor) -> None:
+        """An error unless x goes with a weight of the layer."""
+        check_features(x, self.in_features, weight)
+
     def _sum(self, x: Tensor, terms: Sequence[Any]) -> Tensor:
         """The terms of x, and the bias."""
+        self._check(x, terms[0][1])
         return basis_linear(x, terms, self.bias)
 
     def _map(self, function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
@@ -230,7 +236,11 @@ class _KANConv2d(_KANLinear, _FromConv2d):
     def _rows(self, x: Tensor) -> Tensor:
         return self._checked(x).movedim(-3, -1).reshape(-1, self.in_channels)
 
+    def _check(self, x: Tensor, weight: Tensor) -> None:
+        check_image(x, self.in_channels, weight)
+
     def _sum(self, x: Tensor, terms: Sequence[Any]) -> Tensor:
+        self._check(x, terms[0][1])
         return basis_conv2d(
             x,
             terms,

@@ -148,6 +148,12 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
     return int(dt_rank)
 
 
+def check_channels(d: int, expand: float, dim: int) -> None:
+    """A ValueError unless d, expand times dim, is a number of channels."""
+    if not 1 <= d < 2**31:
+        raise ValueError(f"expand={expand}: makes {d or 'no'} channels of dim={dim}; must make 1 to 2^31 - 1")
+
+
 def scan_heads(dim: int, expand: float, headdim: int | None, ngroups: int) -> tuple[int, int, int]:
     """Channels d, those of a head, and the number of heads, of a layer whose states are those of heads.
 
@@ -162,8 +168,7 @@ def scan_heads(dim: int, expand: float, headdim: int | None, ngroups: int) -> tu
     """
     check_positive(expand=expand)
     d = int(expand * dim)
-    if d < 1:
-        raise ValueError(f"expand={expand}: makes no channel of dim={dim}")
+    check_channels(d, expand, dim)
     if headdim is None:  # a narrow layer has several heads too: the norm takes away the scale of a single one
         headdim = 64 if d % 64 == 0 else max(1, math.gcd(d, 64) // 4)
     check_whole(headdim=headdim)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.aptx_linear import aptx_linear
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers.start import Start, check_original, copy_bias, fresh
 from archzoo.registry import Card, register_layer
 
@@ -37,6 +38,7 @@ class APTx(nn.Module):
     beta: Tensor
     gamma: Tensor
 
+    @typed
     def __init__(
         self,
         alpha: float = 1.0,
@@ -67,6 +69,8 @@ class APTx(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation of every element of x."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x of type {type(x).__name__}: must be a tensor")
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}: must be a floating-point one")
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -164,6 +168,7 @@ class APTxLinear(nn.Module):
             `out_features`; in forward, if the last dimension of the input is not `in_features`.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -177,9 +182,7 @@ class APTxLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a positive integer")
+        check_whole(in_features=in_features, out_features=out_features)
         _check_init(init)
         groups = out_features if beta_groups is None else beta_groups
         if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or out_features % groups:
@@ -222,6 +225,7 @@ class APTxLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """APTx neurons of x (*, in) -> (*, out)."""
+        check_features(x, self.in_features, self.gamma)
         return aptx_linear(x, self.alpha, self.beta, self.gamma, self.bias)
 
     def extra_repr(self) -> str:

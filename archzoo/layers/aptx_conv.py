@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.aptx_conv2d import aptx_conv2d
+from archzoo.layers._check import check_image, typed
 from archzoo.layers._conv import as_pair, check_channels, check_padding
 from archzoo.layers.aptx import _check_init, _copy_map, _reset_neurons
 from archzoo.layers.start import Start, check_original, fresh
@@ -69,6 +70,7 @@ class APTxConv2d(nn.Module):
             input has another number of channels or is smaller than the kernel.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -138,6 +140,7 @@ class APTxConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """APTx neurons of every patch of x."""
+        check_image(x, self.in_channels, self.gamma)
         return aptx_conv2d(
             x,
             self.alpha,

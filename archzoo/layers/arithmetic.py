@@ -26,13 +26,12 @@ from archzoo.kernels.nmu_product import nmu_product
 from archzoo.layers._arithmetic import (
     _as_linear_gives,
     _check_choice,
-    _check_input,
     _check_number,
-    _check_sizes,
     _clamp,
     _shown,
     _wide,
 )
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers.inalu import INALU
 from archzoo.layers.mcfc import MCFC
 from archzoo.layers.nalu import NAC, NALU
@@ -111,7 +110,7 @@ class _BoxedUnit(nn.Module):
         weights: dict[str, float],
         factory: dict[str, Any],
     ) -> None:
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.constraint, self.sparsity = constraint, sparsity
         self._check_options()
@@ -260,6 +259,7 @@ class NAU(_BoxedUnit):
     low = -1.0
     neutral = 0.0
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -309,7 +309,7 @@ class NAU(_BoxedUnit):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.weight)
+        check_features(x, self.in_features, self.weight)
         self._remember(x)
         return F.linear(x, _clamp(self.weight, -1, 1), self.bias)
 
@@ -370,6 +370,7 @@ class NMU(_BoxedUnit):
     low = 0.0
     neutral = 1.0
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -422,7 +423,7 @@ class NMU(_BoxedUnit):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.weight)
+        check_features(x, self.in_features, self.weight)
         self._remember(x)
         weight = _clamp(self.weight, 0, 1) if self.constraint == "penalty" else self.weight
         if self.noise is None or not self.training:

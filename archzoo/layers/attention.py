@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from archzoo.kernels._op import compute_dtype
 from archzoo.layers._attention import attend, head_sizes, positions_of
 from archzoo.layers._cache import KeyValueCache
-from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole
+from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole, typed
 from archzoo.layers._rotary import rotary_table, rotate
 from archzoo.registry import Card, register_layer
 
@@ -57,6 +57,7 @@ class RotaryAttention(nn.Module):
             `forward`, if the input is not (batch, length, dim).
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -141,6 +142,7 @@ class GatedMLP(nn.Module):
         ValueError: If a size is no whole number, 1 or more.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from archzoo.kernels._bpu_plan import RecurrencePlan, link_sizes, plan_recurrence, state_sizes
 from archzoo.kernels.bpu_recurrence import BACKENDS, bpu_recurrence
-from archzoo.layers._check import check_dropout, check_dtype, check_positive, check_whole
+from archzoo.layers._check import check_dropout, check_features, check_positive, check_whole, typed
 from archzoo.layers._connectome import Connectome
 from archzoo.layers._connectome_files import check_choice
 from archzoo.registry import Card, register_layer
@@ -32,6 +32,7 @@ class _ToColumns(nn.Linear):
 
 
 INJECT, READOUT = ("first", "every"), ("last", "sum")
+MAX_STEPS = 1000
 _EDGES = ("edge_pre", "edge_post")
 
 
@@ -103,6 +104,7 @@ class BPU(nn.Module):
     edge_weight: Tensor
     _placed: RecurrencePlan
 
+    @typed
     def __init__(
         self,
         connectome: Connectome,
@@ -126,6 +128,8 @@ class BPU(nn.Module):
         if not isinstance(connectome, Connectome):
             raise TypeError(f"connectome of {type(connectome).__name__}: must be an archzoo.Connectome")
         check_whole(in_features=in_features, out_features=out_features, steps=steps)
+        if steps > MAX_STEPS:
+            raise ValueError(f"steps={steps}: must be at most {MAX_STEPS}, for each step has its own list of edges")
         check_positive(scale=scale)
         check_dropout(dropout)
         check_choice(inject=(inject, INJECT), readout=(readout, READOUT), backend=(backend, BACKENDS))
@@ -243,9 +247,7 @@ class BPU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (*, in_features) to (*, out_features)."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input of shape {tuple(x.shape)}: must be (*, in_features) with {self.in_features}")
-        check_dtype(x, self.input_proj.weight)
+        check_features(x, self.in_features, self.input_proj.weight)
         read = bpu_recurrence(self._drop(self.input_proj(x)), self.edge_weight, self._placed, backend=self.backend)
         y: Tensor = self.output_proj(read)
         return y

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.capsule_routing import capsule_routing, squash
-from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._check import check_dtype, check_whole, typed
 from archzoo.registry import Card, register_layer
 
 __all__ = ["DynamicRouting", "PrimaryCapsules", "dynamic_routing", "margin_loss", "squash"]
@@ -106,6 +106,7 @@ class DynamicRouting(nn.Module):
         ValueError: If a size or the number of rounds is below 1.
     """
 
+    @typed
     def __init__(
         self,
         in_capsules: int,
@@ -152,12 +153,12 @@ class DynamicRouting(nn.Module):
 
 def check_capsules(u: Tensor, capsules: int, dim: int, weight: Tensor) -> None:
     """A ValueError unless u is (*, capsules, dim), in a dtype that goes with the weight's."""
+    check_dtype(u, weight)
     if u.dim() < 2 or u.shape[-2:] != (capsules, dim):
         raise ValueError(
             f"input of shape {tuple(u.shape)}: must be (*, in_capsules, in_dim), with in_capsules={capsules} and "
             f"in_dim={dim}"
         )
-    check_dtype(u, weight)
 
 
 class PrimaryCapsules(nn.Module):
@@ -191,6 +192,7 @@ class PrimaryCapsules(nn.Module):
         ValueError: If a size is below 1, or the padding negative.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -240,12 +242,12 @@ class PrimaryCapsules(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, in_channels, height, width) to (batch, capsules, capsule_dim)."""
         conv = self.conv
+        check_dtype(x, conv.weight)
         if x.dim() != 4 or x.shape[1] != conv.in_channels:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: must be (batch, in_channels, height, width) with "
                 f"in_channels={conv.in_channels}"
             )
-        check_dtype(x, conv.weight)
         s = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
         if conv.bias is not None:
             s = torch.add(conv.bias[:, None, None], s, alpha=self.share)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from archzoo.kernels.chebyshev import Chebyshev
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear
 from archzoo.registry import Card, register_layer
@@ -73,6 +74,7 @@ class ChebyshevKANLinear(_Chebyshev, _FromLinear):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -131,6 +133,7 @@ class ChebyshevKANConv2d(_Chebyshev, _KANConv2d):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from archzoo.kernels.activation import Activation, as_activation
 from archzoo.kernels.rbf import RBF
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _check_finite, _check_whole, _checked_range, _is_finite, _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear, _start_branches
 from archzoo.registry import Card, register_layer
@@ -59,10 +60,14 @@ class _FastKAN(_KANLinear):
     def reset_parameters(self) -> None:
         """Draws the weights again, `base_weight` and `bias` as the usual layer's, and restores the centres."""
         with torch.no_grad():
-            self.grid.copy_(torch.linspace(*self.grid_range, self.grid_size, dtype=torch.float64))
+            device = "meta" if self.grid.is_meta else "cpu"
+            self.grid.copy_(torch.linspace(*self.grid_range, self.grid_size, dtype=torch.float64, device=device))
         if self.layernorm is not None:
             self.layernorm.reset_parameters()
-        nn.init.trunc_normal_(self.spline_weight, std=self.scale_spline)
+        if self.scale_spline:
+            nn.init.trunc_normal_(self.spline_weight, std=self.scale_spline)
+        else:
+            nn.init.zeros_(self.spline_weight)
         bound = self._fan_in**-0.5
         for parameter in (self.base_weight, self.bias):
             if parameter is not None:
@@ -73,11 +78,7 @@ class _FastKAN(_KANLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the usual layer. A ValueError if the features of x, or its dtype, are not those of the layer."""
-        self._checked(x)
-        dtype, device = self.spline_weight.dtype, x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not (x.is_floating_point() and (autocast or x.dtype == dtype)):
-            raise ValueError(f"x has dtype {x.dtype}; it must be {dtype}, as the parameters are")
+        self._check(x, self.spline_weight)
         terms = [(self.rbf, self.spline_weight, self.grid)]
         if self.layernorm is None and isinstance(self._base, Activation) and self.base_weight is not None:
             return self._sum(x, [*terms, (self._base, self.base_weight.unsqueeze(2))])
@@ -150,6 +151,7 @@ class FastKANLinear(_FastKAN, _FromLinear):
         ValueError: If an argument is out of range, or `layernorm` is asked for on a single feature, which it erases.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -221,6 +223,7 @@ class FastKANConv2d(_FastKAN, _KANConv2d):
         ValueError: If an argument is out of range, or `layernorm` is asked for on a single channel, which it erases.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from archzoo.kernels.fourier import Fourier
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear
 from archzoo.registry import Card, register_layer
@@ -81,6 +82,7 @@ class FourierKANLinear(_Fourier, _FromLinear):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -144,6 +146,7 @@ class FourierKANConv2d(_Fourier, _KANConv2d):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,

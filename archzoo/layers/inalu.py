@@ -9,13 +9,12 @@ from torch.nn import functional as F
 from archzoo.kernels.nmu_product import nmu_product
 from archzoo.layers._arithmetic import (
     _as_linear_gives,
-    _check_input,
     _check_number,
-    _check_sizes,
     _exact_linear,
     _shown,
     _wide,
 )
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.registry import Card, register_layer
 
 
@@ -57,6 +56,7 @@ class INALU(nn.Module):
         ValueError: If a size or an option is wrong, or in `forward` the input's last size or dtype.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -69,7 +69,7 @@ class INALU(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         _check_number("eps", eps, positive=True)
         _check_number("max_exponent", max_exponent, positive=True)
         self.in_features, self.out_features, self.eps, self.max_exponent = in_features, out_features, eps, max_exponent
@@ -108,7 +108,7 @@ class INALU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.w_hat)
+        check_features(x, self.in_features, self.w_hat)
         wide = _wide(x)
         total = F.linear(x, self.w_hat.tanh() * self.m_hat.sigmoid())
         weight_mul = self.w_hat_mul.tanh() * self.m_hat_mul.sigmoid()

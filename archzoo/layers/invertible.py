@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels._op import compute_dtype
-from archzoo.layers._check import check_positive, check_whole
+from archzoo.layers._check import check_positive, check_whole, typed
 
 __all__ = [
     "ActNorm",
@@ -83,6 +83,7 @@ class ActNorm(nn.Module):
 
     initialized: Tensor
 
+    @typed
     def __init__(
         self,
         num_features: int,
@@ -165,6 +166,7 @@ class InvertibleLinear(nn.Module):
     Shape: any with `num_features` channels -> the same.
     """
 
+    @typed
     def __init__(
         self,
         num_features: int,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.layers._check import check_positive, check_whole
+from archzoo.layers._check import check_positive, check_whole, typed
 from archzoo.layers.invertible import (
     ActNorm,
     Context,
@@ -89,6 +89,7 @@ class InvertibleBlock(nn.Module):
         ValueError: If a size is wrong; in `forward`, if the input has not c channels.
     """
 
+    @typed
     def __init__(
         self,
         channels: int,
@@ -148,6 +149,7 @@ class MLPConditioner(nn.Module):
     Shape: (*, in_features) -> (*, out_features).
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -195,6 +197,7 @@ class ConvConditioner(nn.Module):
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H, W).
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -247,6 +250,7 @@ class InvertibleMLP(InvertibleSequential):
         ValueError: If a size is wrong; in `forward`, if the input or the context does not fit.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -290,6 +294,7 @@ class InvertibleConvNet(InvertibleSequential):
             width where pixels are squeezed.
     """
 
+    @typed
     def __init__(
         self,
         channels: int,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _as_index, _check_whole
 from archzoo.layers._splines import _double, _Splines
 from archzoo.layers._start_kan import _FromLinear
@@ -79,6 +80,7 @@ class KANLinear(_Splines, _FromLinear):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,

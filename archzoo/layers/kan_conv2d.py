@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _KANConv2d
 from archzoo.layers._splines import _Splines
 from archzoo.registry import Card, register_layer
@@ -71,6 +72,7 @@ class KANConv2d(_Splines, _KANConv2d):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels._op import compute_dtype
-from archzoo.layers._check import check_whole
+from archzoo.layers._check import check_whole, typed
 
 __all__ = [
     "ConstantOperator",
@@ -122,6 +122,7 @@ class DenseOperator(LinearOperator):
         weight: A (out_features, in_features).
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -162,6 +163,7 @@ class TimeLowRankOperator(LinearOperator):
         ValueError: If a size is wrong; in `forward`, if t does not fit.
     """
 
+    @typed
     def __init__(
         self,
         features: int,
@@ -241,6 +243,7 @@ class ProjectorOperator(LinearOperator):
         gates: (features,); open where they are above 0. They start normal.
     """
 
+    @typed
     def __init__(
         self,
         features: int,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from archzoo.layers._check import check_dtype, typed
 from archzoo.layers._operators import FrozenOperator, LowRankOperator, ProductOperator, constant
 from archzoo.layers.induced import InducedSpace
 from archzoo.layers.invertible import Invertible, checked, same_net, widened, without_autocast
@@ -71,6 +72,7 @@ class Linearizer(nn.Module):
         ValueError: If A does not fit the shapes.
     """
 
+    @typed
     def __init__(
         self,
         g_x: Invertible,
@@ -90,14 +92,18 @@ class Linearizer(nn.Module):
         self.g_y = self.g_x if g_y is None else checked("g_y", g_y)
         self.x_shape = None if x_shape is None else tuple(x_shape)
         self.y_shape = self.x_shape if y_shape is None else tuple(y_shape)
-        for name, shape, size in (("x_shape", self.x_shape, A.in_features), ("y_shape", self.y_shape, A.out_features)):
-            if shape is not None and math.prod(shape) != size:
-                raise ValueError(f"{name}={shape}: has {math.prod(shape)} numbers, and A {size}")
+        shapes = ("x_shape", x_shape, A.in_features), ("y_shape", self.y_shape, A.out_features)
+        for name, given, size in shapes:
+            if given is not None and math.prod(given) != size:
+                raise ValueError(f"{name}={given}: has {math.prod(given)} numbers, and A {size}")
 
     # ---- the map
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """f(x); further arguments, as a time or a style, go to the operator. Autocast is off inside."""
+        like = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+        if like is not None:
+            check_dtype(x, like)
         x = widened(x)
         with without_autocast(x):
             return self.space("y").decode(self.A(self.space("x").encode(x), *args))

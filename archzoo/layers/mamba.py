@@ -17,8 +17,16 @@ from torch.nn import functional as F
 from archzoo.kernels._op import autocast_dtype
 from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels.causal_conv1d import causal_conv1d
-from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
-from archzoo.layers._mamba import _Selective, check_mask, filter_step, last_inputs, masked, resolve_dt_rank
+from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole, typed
+from archzoo.layers._mamba import (
+    _Selective,
+    check_channels,
+    check_mask,
+    filter_step,
+    last_inputs,
+    masked,
+    resolve_dt_rank,
+)
 from archzoo.layers.mamba2 import Mamba2
 from archzoo.registry import Card, register_layer
 
@@ -75,6 +83,7 @@ class SelectiveSSM(_Selective):
             not (batch, length, dim) in the layer's dtype.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -193,6 +202,7 @@ class Mamba(_Selective):
     out_proj: nn.Linear
     conv1d: nn.Conv1d
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -218,8 +228,7 @@ class Mamba(_Selective):
         if bidirectional not in (None, "shared", "separate"):
             raise ValueError(f"bidirectional={bidirectional!r}: must be None, 'shared' or 'separate'")
         d = int(expand * dim)
-        if d < 1:
-            raise ValueError(f"expand={expand}: makes no channel of dim={dim}")
+        check_channels(d, expand, dim)
         dt = (dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         super().__init__(d, d_state, dt, {"device": device, "dtype": dtype})
         self.dim, self.d_conv, self.expand, self.layer_idx = dim, d_conv, expand, layer_idx
@@ -364,6 +373,7 @@ class MambaBlock(nn.Module):
 
     mixer: Mamba | Mamba2
 
+    @typed
     def __init__(
         self,
         dim: int,

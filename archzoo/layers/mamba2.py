@@ -21,7 +21,7 @@ from archzoo.kernels._ssd import check_range
 from archzoo.kernels.causal_conv1d import causal_conv1d
 from archzoo.kernels.selective_state_update import state_update
 from archzoo.kernels.ssd import ssd
-from archzoo.layers._check import check_token, check_tokens, check_whole
+from archzoo.layers._check import check_token, check_tokens, check_whole, typed
 from archzoo.layers._mamba import (
     check_mask,
     check_step_sizes,
@@ -57,6 +57,7 @@ class GatedRMSNorm(nn.Module):
         ValueError: If a size is no whole number, 1 or more, or groups does not divide dim.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -160,6 +161,7 @@ class Mamba2(nn.Module):
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
     """Those that are float32 at least, whatever the dtype: a decay a little below 1 is none in bfloat16."""
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels._ssd import sum_dtype
 from archzoo.kernels.trapezoidal_ssd import trapezoidal_ssd, trapezoidal_state_update
-from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole
+from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole, typed
 from archzoo.layers._mamba import check_mask, check_step_sizes, float32_at_least, masked, scan_heads, step_bias_like
 from archzoo.layers._rotary import rotate
 from archzoo.layers.mamba2 import NORM_EPS, GatedRMSNorm
@@ -96,6 +96,7 @@ class Mamba3(nn.Module):
     float32_parameters: ClassVar[tuple[str, ...]] = ("D", "dt_bias", "B_bias", "C_bias")
     """Those that are float32 at least, whatever the dtype, as in `mamba_ssm`."""
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -9,12 +9,11 @@ from torch.nn import functional as F
 from archzoo.layers._arithmetic import (
     _as_linear_gives,
     _check_choice,
-    _check_input,
-    _check_sizes,
     _exact_linear,
     _shown,
     _wide,
 )
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.registry import Card, register_layer
 
 
@@ -53,6 +52,7 @@ class MCFC(nn.Module):
         ValueError: If a size or an option is wrong, or in `forward` the input's last size or dtype.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -64,7 +64,7 @@ class MCFC(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         _check_choice("mode", mode, ("add", "multiply"))
         self.in_features, self.out_features, self.mode = in_features, out_features, mode
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -97,7 +97,7 @@ class MCFC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.junction)
+        check_features(x, self.in_features, self.junction)
         if self.log_bias is None:
             weight = (self.gate.sigmoid() * self.junction.softmax(-1)).t()
             return F.linear(x, weight, self.bias)

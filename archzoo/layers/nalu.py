@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from archzoo.layers._arithmetic import (
     _as_linear_gives,
     _check_choice,
-    _check_input,
     _check_number,
-    _check_sizes,
     _distance_to_integers,
     _power_product,
     _shown,
 )
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers.start import Start, check_original, copy_bias, fresh, relative_error
 from archzoo.registry import Card, register_layer
 
@@ -75,6 +74,7 @@ class NAC(nn.Module):
         ValueError: If a size or an option is wrong, or in `forward` the input's last size or dtype.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -87,7 +87,7 @@ class NAC(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         _check_choice("mode", mode, ("add", "multiply"))
         _check_number("eps", eps, positive=True)
         self.in_features, self.out_features, self.mode, self.eps = in_features, out_features, mode, eps
@@ -144,7 +144,7 @@ class NAC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.w_hat)
+        check_features(x, self.in_features, self.w_hat)
         _check_choice("mode", self.mode, ("add", "multiply"))
         if self.mode == "add":
             return F.linear(x, self.weight, self.bias)
@@ -192,6 +192,7 @@ class NALU(nn.Module):
         ValueError: If a size or an option is wrong, or in `forward` the input's last size or dtype.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -205,7 +206,7 @@ class NALU(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         _check_number("eps", eps, positive=True)
         self.in_features, self.out_features, self.shared, self.eps = in_features, out_features, shared, eps
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -261,7 +262,7 @@ class NALU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.w_hat)
+        check_features(x, self.in_features, self.w_hat)
         weight = self.weight
         weight_mul = weight if self.w_hat_mul is None else self.weight_mul
         gate = F.linear(x, self.gate_weight, self.gate_bias).sigmoid()

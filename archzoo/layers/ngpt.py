@@ -26,7 +26,7 @@ from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalized_residual import normalized_residual, unit
 from archzoo.layers._attention import attend, head_sizes, positions_of
 from archzoo.layers._cache import KeyValueCache
-from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole
+from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole, typed
 from archzoo.layers._rotary import rotary_table, rotate
 from archzoo.layers.normalized_linear import (
     NGPT_CARD,
@@ -99,6 +99,7 @@ class NormalizedAttention(nn.Module):
 
     q_scale: Tensor | None
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -248,6 +249,7 @@ class NormalizedMLP(nn.Module):
             last size of the input is not dim.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -362,6 +364,7 @@ class NormalizedBlock(nn.Module):
         ValueError: As `NormalizedAttention` and `NormalizedMLP`, or if an initial value of α is not positive.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalize import norm, normalize_, tolerance
 from archzoo.kernels.normalized_residual import unit
-from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers.start import Start, check_original, copy_bias, fresh
 from archzoo.registry import Card, register_layer
 
@@ -74,6 +74,7 @@ class NormalizedLinear(nn.Module):
             last size of the input is not `in_features`, or its dtype not the weight's.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -150,9 +151,7 @@ class NormalizedLinear(nn.Module):
             scale: Multiplies W x, (out,); by way of the weight, which costs a pass over that instead of over the output
                 and keeps nothing of the output's size for backward.
         """
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input of shape {tuple(x.shape)}: its last size must be in_features={self.in_features}")
-        check_dtype(x, self.weight)
+        check_features(x, self.in_features, self.weight)
         return F.linear(x, self._effective_weight(scale), self.bias)
 
     def fold(self) -> nn.Linear:
@@ -206,6 +205,7 @@ class NormalizedEmbedding(nn.Module):
         ValueError: If a size is not a whole number, 1 or more; in `forward`, if the ids are not int64 or int32.
     """
 
+    @typed
     def __init__(
         self,
         num_embeddings: int,

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from archzoo.layers._arithmetic import (
     _as_linear_gives,
-    _check_input,
-    _check_sizes,
     _clamp,
     _exact_linear,
     _shown,
     _wide,
 )
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.registry import Card, register_layer
 
 _NPU_CARD: dict[str, Any] = {
@@ -41,6 +40,7 @@ class _PowerUnit(nn.Module):
 
     weight_im: nn.Parameter
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -51,7 +51,7 @@ class _PowerUnit(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(in_features, out_features)
+        check_whole(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
@@ -82,7 +82,7 @@ class _PowerUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        _check_input(x, self.in_features, self.weight)
+        check_features(x, self.in_features, self.weight)
         log_modulus, phase = self._polar_product(*_polar(x, self.gate))
         y = _as_linear_gives(log_modulus.exp() * phase.cos(), x)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.paon_linear import paon_linear
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers.start import Start, check_original, fresh
 from archzoo.registry import Card, register_layer
 
@@ -42,6 +43,13 @@ def _check_non_negative(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{name}={value!r}: must be a finite number, 0 or more")
     return float(value)
+
+
+def _a_weight(numerator: Tensor | None, denominator: Tensor | None) -> Tensor:
+    """One of them that is there."""
+    weight = denominator if numerator is None else numerator
+    assert weight is not None
+    return weight
 
 
 @torch.no_grad()
@@ -171,6 +179,7 @@ class PaonLinear(nn.Module):
             negative; in forward, if the last dimension of the input is not `in_features`.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -185,9 +194,7 @@ class PaonLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a positive integer")
+        check_whole(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.degrees = M, N = _check_degrees(degrees, bias)
         self.variant = _check_variant(variant)
@@ -243,6 +250,7 @@ class PaonLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Padé neurons of x (*, in) -> (*, out)."""
+        check_features(x, self.in_features, _a_weight(self.numerator, self.denominator))
         return paon_linear(x, self.numerator, self.denominator, self.bias, variant=self.variant, eps=self.eps)
 
     def extra_repr(self) -> str:

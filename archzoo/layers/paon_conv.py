@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.kernels._conv import check_input
 from archzoo.kernels.paon_conv2d import paon_conv2d, paon_conv_transpose2d
+from archzoo.layers._check import check_image, typed
 from archzoo.layers._conv import PADDING_MODES, as_pair, check_channels, check_padding, pad
 from archzoo.layers._shift import SHIFT_PADDINGS, shift_images
 from archzoo.layers.paon import (
     _CARD,
     Variant,
+    _a_weight,
     _become_affine_,
     _check_degrees,
     _check_non_negative,
@@ -103,6 +104,7 @@ class PaonConv2d(nn.Module):
             if the input is not of C channels or smaller than the kernel.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -202,7 +204,7 @@ class PaonConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Padé neurons of x (B, C, H, W) -> (B, O, H', W'), or without B."""
-        check_input(x, self.in_channels)
+        check_image(x, self.in_channels, _a_weight(self.numerator, self.denominator))
         if self.shift_mode != "none":
             images = x if x.dim() == 4 else x.unsqueeze(0)
             shifts = self.shifts(images)
@@ -283,6 +285,7 @@ class PaonConvTranspose2d(nn.Module):
         ValueError: As for `PaonConv2d`.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -337,7 +340,7 @@ class PaonConvTranspose2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Padé neurons of x (B, C, H, W) -> (B, O, H', W'), or without B."""
-        check_input(x, self.in_channels)
+        check_image(x, self.in_channels, _a_weight(self.numerator, self.denominator))
         return paon_conv_transpose2d(
             x,
             self.numerator,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels.kron_sum import kron_linear
-from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._check import check_features, check_whole, typed
 from archzoo.layers._phm import ALGEBRAS, _Hypercomplex, check_multiples, hypercomplex_rule, share_rule_
 from archzoo.layers.start import Start, check_original, copy_bias, fresh, relative_error
 from archzoo.registry import Card, register_layer
@@ -85,6 +85,7 @@ class PHMLinear(_Hypercomplex):
     S_right: nn.Parameter | None
     bias: nn.Parameter | None
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -192,13 +193,16 @@ class PHMLinear(_Hypercomplex):
         assert self.S_right is not None
         return torch.bmm(self.S_left, self.S_right)
 
+    @property
+    def _a_weight(self) -> Tensor:
+        """S, or a factor of it."""
+        weight = self.S_left if self.S is None else self.S
+        assert weight is not None
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input of shape {tuple(x.shape)}: its last size must be in_features={self.in_features}")
-        weight = self.S if self.S is not None else self.S_left
-        assert weight is not None
-        check_dtype(x, weight)
+        check_features(x, self.in_features, self._a_weight)
         n = self.n
         if self.rule == "mixing":
             y = self._mixing(x.unflatten(-1, (n, -1)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels.attention import self_attention
-from archzoo.layers._check import check_dtype, check_whole
+from archzoo.layers._check import check_dropout, check_positive, check_tokens, check_whole, typed
 from archzoo.layers._phm import check_multiples, share_rule_
 from archzoo.layers.phm import PHMLinear
 from archzoo.registry import Card, register_layer
@@ -56,6 +56,7 @@ class PHMAttention(nn.Module):
             input is not (batch, length, dim).
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -76,7 +77,7 @@ class PHMAttention(nn.Module):
         check_multiples(n, dim=dim)
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide dim={dim}")
-        _check_dropout(dropout)
+        check_dropout(dropout)
         self.dim, self.num_heads, self.causal, self.dropout = dim, num_heads, causal, dropout
         options: dict[str, Any] = {"n": n, "rule": rule, "learn_rule": learn_rule, "rank": rank}
         self.qkv = PHMLinear(dim, 3 * dim, bias, **options, device=device, dtype=dtype)
@@ -89,7 +90,7 @@ class PHMAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, dim) -> (batch, length, dim)."""
-        _check_tokens(x, self.dim)
+        check_tokens(x, self.dim, self.qkv._a_weight)
         dropout = self.dropout if self.training else 0.0
         y: Tensor = self.proj(self_attention(self.qkv(x), self.num_heads, causal=self.causal, dropout=dropout))
         return y
@@ -138,6 +139,7 @@ class PHMTransformerBlock(nn.Module):
             is not learned.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -157,9 +159,10 @@ class PHMTransformerBlock(nn.Module):
     ):
         super().__init__()
         check_whole(dim=dim, num_heads=num_heads, n=n)
+        check_positive(mlp_ratio=mlp_ratio)
         hidden = round(mlp_ratio * dim / n) * n
-        if hidden < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio}: times dim={dim}, must be n={n} or more")
+        if not 1 <= hidden < 2**31:
+            raise ValueError(f"mlp_ratio={mlp_ratio}: times dim={dim}, must be n={n} or more, and below 2^31")
         layer: dict[str, Any] = {"n": n, "rule": rule, "learn_rule": learn_rule, "rank": rank}
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.dropout = dim, dropout
@@ -180,8 +183,7 @@ class PHMTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, dim) -> (batch, length, dim)."""
-        _check_tokens(x, self.dim)
-        check_dtype(x, self.norm1.weight)
+        check_tokens(x, self.dim, self.norm1.weight)
         x = x + F.dropout(self.attention(self.norm1(x)), self.dropout, self.training)
         y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + F.dropout(y, self.dropout, self.training)
@@ -189,13 +191,3 @@ class PHMTransformerBlock(nn.Module):
     def extra_repr(self) -> str:
         """Size and dropout; the rest is in its layers."""
         return f"{self.dim}, dropout={self.dropout}" if self.dropout else f"{self.dim}"
-
-
-def _check_tokens(x: Tensor, dim: int) -> None:
-    if x.dim() != 3 or x.shape[-1] != dim:
-        raise ValueError(f"input of shape {tuple(x.shape)}: must be (batch, length, dim) with dim={dim}")
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.kernels._conv import check_input
-from archzoo.layers._check import check_dtype, check_whole
+from archzoo.kernels._conv import check_output, output_size
+from archzoo.layers._check import check_image, check_whole, typed
 from archzoo.layers._conv import as_pair, check_channels, check_padding, pad
 from archzoo.layers._phm import _Hypercomplex, check_multiples
 from archzoo.layers.start import Start, check_original, copy_bias, fresh, relative_error
@@ -75,6 +75,7 @@ class PHMConv2d(_Hypercomplex):
     S: nn.Parameter
     bias: nn.Parameter | None
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -154,14 +155,15 @@ class PHMConv2d(_Hypercomplex):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, height, width) -> (batch, out_channels, height', width')."""
-        check_input(x, self.in_channels)
-        check_dtype(x, self.S)
+        check_image(x, self.in_channels, self.S)
         if self.rule == "mixing" and self.groups == 1:
             return self._mixing(x)
         return self._convolve(x, self.weight, self.groups, self.bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
         x, padding = pad(x, self.padding, self.kernel_size, self.dilation)
+        geometry = zip(x.shape[-2:], self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        check_output(x, [output_size(*side) for side in geometry])
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _mixing(self, x: Tensor) -> Tensor:

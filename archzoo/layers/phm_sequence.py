@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.layers._check import check_whole
+from archzoo.layers._check import check_whole, typed
 from archzoo.layers._phm import _Hypercomplex, check_multiples
 from archzoo.layers.phm import PHMLinear
 
@@ -49,6 +49,7 @@ class PHMEmbedding(_Hypercomplex):
 
     S: nn.Parameter
 
+    @typed
     def __init__(
         self,
         num_embeddings: int,
@@ -129,6 +130,7 @@ class PHMLSTMCell(nn.Module):
         ValueError: As `PHMLinear`.
     """
 
+    @typed
     def __init__(
         self,
         input_size: int,
@@ -229,6 +231,7 @@ class PHMLSTM(nn.Module):
             does not fit, or the sequence has no steps.
     """
 
+    @typed
     def __init__(
         self,
         input_size: int,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from archzoo.kernels.basis_linear import widen
 from archzoo.kernels.rational import DENOMINATORS, Rational
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear, _no_deviation
 from archzoo.registry import Card, register_layer
@@ -153,6 +154,7 @@ class RationalKANLinear(_Rational, _FromLinear):
 
     groups: int
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -227,6 +229,7 @@ class RationalKANConv2d(_Rational, _KANConv2d):
     rational_groups: int
     _names = "rational_groups", "in_channels"
 
+    @typed
     def __init__(
         self,
         in_channels: int,

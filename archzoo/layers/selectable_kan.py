@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from archzoo.layers._check import typed
 from archzoo.layers._conv import as_pair, check_channels, check_padding
 from archzoo.layers._kan import _check_whole, _is_finite
 from archzoo.layers._start_kan import _become_all, _FromConv2d, _FromLinear, _start_kwargs
@@ -400,6 +401,7 @@ class SelectableKANLinear(_SelectableKAN, _FromLinear):
     _kind = "linear"
     _usual_options: ClassVar[dict[str, dict[str, Any]]] = {"fast_kan": {"layernorm": False}}
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -466,6 +468,7 @@ class SelectableKANConv2d(_SelectableKAN, _FromConv2d):
 
     _kind = "conv2d"
 
+    @typed
     def __init__(
         self,
         in_channels: int,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels._op import compute_dtype
-from archzoo.layers._check import check_whole
+from archzoo.layers._check import check_whole, typed
 from archzoo.layers.capsules import check_capsules
 from archzoo.registry import Card, register_layer
 
@@ -74,6 +74,7 @@ class SelfAttentionRouting(nn.Module):
         ValueError: If a size is below 1.
     """
 
+    @typed
     def __init__(
         self,
         in_capsules: int,

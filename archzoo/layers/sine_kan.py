@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.kernels.sine import Sine
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _check_whole, _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear, _nearest, _normal, _on_edges
 from archzoo.registry import Card, register_layer
@@ -35,6 +36,8 @@ class _Sines(_KANLinear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Restores `freq`, `phase` and `bias`, and draws `weight` again: one number an edge, over j and O."""
+        if self.weight.is_meta:
+            return  # there is nothing to fill, in `grid_size` steps
         options: dict[str, Any] = {"dtype": torch.float64, "device": self.weight.device}
         j = torch.arange(1, self.grid_size + 1, **options)
         self.freq.copy_(j if self.is_first else j / (self.grid_size + 1))
@@ -106,6 +109,7 @@ class SineKANLinear(_Sines, _FromLinear):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -169,6 +173,7 @@ class SineKANConv2d(_Sines, _KANConv2d):
         ValueError: If an argument is out of range.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.kernels._op import compute_dtype
-from archzoo.layers._check import check_whole
+from archzoo.layers._check import check_whole, typed
 from archzoo.layers.linear_operators import LinearOperator
 
 __all__ = [
@@ -34,6 +34,7 @@ class StyleOperator(LinearOperator):
         ValueError: If a size is wrong; in `forward`, if the style does not fit.
     """
 
+    @typed
     def __init__(
         self,
         features: int,
@@ -97,6 +98,7 @@ class KernelOperator(LinearOperator):
         ValueError: If a size is wrong; in `forward`, if the style does not fit.
     """
 
+    @typed
     def __init__(
         self,
         shape: tuple[int, int, int],

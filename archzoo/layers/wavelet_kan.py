@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from archzoo.kernels.wavelet import Wavelet, check_wavelet, wavelet_linear, wavelet_reference
 from archzoo.kernels.wavelet_conv2d import wavelet_conv2d
+from archzoo.layers._check import typed
 from archzoo.layers._kan import _KANConv2d, _KANLinear
 from archzoo.layers._start_kan import _FromLinear, _nearest, _normal, _on_edges
 from archzoo.registry import Card, register_layer
@@ -108,6 +109,7 @@ class WaveletKANLinear(_Wavelets, _FromLinear):
         ValueError: If a size is no positive integer, or the wavelet is unknown.
     """
 
+    @typed
     def __init__(
         self,
         in_features: int,
@@ -123,6 +125,7 @@ class WaveletKANLinear(_Wavelets, _FromLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O). A ValueError if the last dimension is not I."""
+        self._check(x, self.weight)
         return wavelet_linear(x, self.weight, self.scale, self.translation, self.bias, wavelet=self.wavelet)
 
 
@@ -172,6 +175,7 @@ class WaveletKANConv2d(_Wavelets, _KANConv2d):
         ValueError: If an argument is out of range, or the wavelet is unknown.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -194,6 +198,7 @@ class WaveletKANConv2d(_Wavelets, _KANConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W'), as `nn.Conv2d`. A ValueError if x has not C channels."""
+        self._check(x, self.weight)
         return wavelet_conv2d(
             x,
             self.weight,
