@@ -25,12 +25,14 @@ from torch.utils.data import Dataset
 
 from archzoo.tasks.chess_board import encode_many, parse_board, require_chess, value_targets
 from archzoo.tasks.chess_play import Puzzle
+from archzoo.tasks.files import open_file
 from archzoo.tasks.task import DatasetError
 
 if TYPE_CHECKING:
     import chess
 
 STATE_VALUE, ACTION_VALUE, CLONING = "state_value", "action_value", "behavioral_cloning"
+REMEDY = "data/download.sh of github.com/google-deepmind/searchless_chess gets the files"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -47,15 +49,16 @@ class Bag:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # mmap refuses an empty file with a ValueError
-            raise DatasetError(f"ChessBench: cannot read {path}: {error}") from error
+            raise DatasetError(f"ChessBench: cannot read {path}: {error}; {REMEDY}") from error
         size = len(self._data)
         self._start = struct.unpack("<Q", self._data[-8:])[0] if size >= 8 else size + 1
         if not self._start < size or (size - self._start) % 8:
             raise DatasetError(
-                f"ChessBench: {path} is cut short, or no bag file: its last 8 bytes should say where its records end"
+                f"ChessBench: {path} is cut short, or no bag file: its last 8 bytes should say where its records end; "
+                f"{REMEDY}"
             )
         self._count = (size - self._start) // 8
         for index in (0, self._count - 1):
@@ -190,10 +193,7 @@ def value_bags(path: Path, split: str) -> tuple[str, list[Bag]]:
     wanted = f"{STATE_VALUE}_data.bag or {ACTION_VALUE}-*_data.bag"
     if path.is_file():
         raise DatasetError(f"ChessBench: {path}: its name should be as {wanted}, which says what it holds")
-    raise DatasetError(
-        f"ChessBench: there is no {folder / wanted}; data/download.sh of github.com/google-deepmind/searchless_chess "
-        "gets the files"
-    )
+    raise DatasetError(f"ChessBench: there is no {folder / wanted}; {REMEDY}")
 
 
 def read_puzzles(path: Path, count: int) -> list[Puzzle]:
@@ -207,14 +207,15 @@ def read_puzzles(path: Path, count: int) -> list[Puzzle]:
     """
     puzzles: list[Puzzle] = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in itertools.islice(csv.DictReader(file), count):
+        with open_file(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            for row in itertools.islice(csv.DictReader(text), count):
                 try:
                     puzzles.append(_puzzle(row))
                 except (KeyError, TypeError, AttributeError, ValueError) as error:
                     raise DatasetError(f"{path}: puzzle {len(puzzles)} is not as it should be: {error!r}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
+        raise DatasetError(f"cannot read {path}: {error}; {REMEDY}") from error
     if not puzzles:
         raise DatasetError(f"{path}: has no puzzles")
     return puzzles

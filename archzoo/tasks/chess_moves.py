@@ -1,6 +1,6 @@
 """Chess: the win probability of a position, and from it the best move (ChessBench, arXiv 2402.04494)."""
 
-import zipfile
+import io
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from archzoo.tasks.chess_board import PLANES, decode, require_chess, unpack, val
 from archzoo.tasks.chess_picture import board_figure
 from archzoo.tasks.chess_play import Puzzle, best_move, chance_share, material_value, model_value, solved_share
 from archzoo.tasks.chess_search import MAX_DEPTH
+from archzoo.tasks.files import read_verified
 from archzoo.tasks.options import whole_number
 from archzoo.tasks.task import DatasetError, Task, TensorSplit, register_task
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 EMBEDDED = Path(__file__).parent / "data" / "chess_positions.npz"
+EMBEDDED_SHA256 = "f25239ec423fdad0330a073c98819df8026de460a5ba51528cdb19501573d3fc"
+INSTALL = "install archzoo again: pip install --force-reinstall archzoo"
 MANY = 10**9
 JUDGED = 2000
 """Validation positions that the yardsticks are measured on."""
@@ -39,11 +42,11 @@ def embedded_positions() -> dict[str, NDArray[Any]]:
     Raises:
         DatasetError: If the file is absent or corrupted.
     """
-    try:
-        with EMBEDDED.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"chess positions: cannot read {EMBEDDED}: {error}; install archzoo again") from error
+    data = read_verified("chess positions", EMBEDDED, EMBEDDED_SHA256, INSTALL)
+    if data is None:
+        raise DatasetError(f"chess positions: there is no {EMBEDDED}; {INSTALL}")
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def move_of(code: int) -> "chess.Move":

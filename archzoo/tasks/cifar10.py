@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from archzoo.tasks.files import Source, data_root, read_file
+from archzoo.tasks.files import Source, data_root, get_command, read_file, read_verified
 from archzoo.tasks.options import whole_number
 from archzoo.tasks.task import ClassificationTask, TensorSplit, register_task
 
@@ -40,15 +40,18 @@ def cifar10_arrays(data_dir: Path | str | None) -> tuple[np.ndarray, np.ndarray]
     Raises:
         DatasetError: If no file is there nor to be downloaded, or it is not the right one.
     """
-    packed = (data_root(data_dir) / SOURCE.folder / PACKED).is_file()
-    arrays = _unpack(read_file(SOURCE, PACKED, data_dir)) if packed else _official(read_file(SOURCE, ARCHIVE, data_dir))
+    folder = data_root(data_dir) / SOURCE.folder
+    instead = get_command(SOURCE, ARCHIVE, folder / ARCHIVE)
+    remedy = f"delete it, and the next run downloads the official archive, or: {instead}"
+    packed = read_verified(SOURCE.title, folder / PACKED, SOURCE.sha256[PACKED], remedy)
+    arrays = _official(read_file(SOURCE, ARCHIVE, data_dir)) if packed is None else _unpack(packed)
     for array in arrays:
         array.flags.writeable = False
     return arrays
 
 
 def _official(archive: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Six files of records: one byte of class, then three planes of 32 x 32 bytes."""
+    """Six files of records: one byte of class, then three planes of 32 x 32 bytes. Nothing is written to the disk."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         members = sorted((m for m in tar.getmembers() if m.name.endswith(".bin")), key=lambda m: m.name)
         files = [tar.extractfile(member) for member in members]  # data_batch_1 to 5, test_batch

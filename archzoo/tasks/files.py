@@ -6,11 +6,13 @@ import logging
 import os
 import secrets
 import shlex
+import stat
 import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from archzoo.tasks.task import DatasetError
 
@@ -67,19 +69,49 @@ def read_file(source: Source, name: str, data_dir: Path | str | None) -> bytes:
         DatasetError: If it is not to be had, or is not the right one.
     """
     path = data_root(data_dir) / source.folder / name
+    remedy = f"delete it, and the next run downloads it again, or: {get_command(source, name, path)}"
+    data = read_verified(source.title, path, source.sha256[name], remedy)
+    return _download(source, name, path) if data is None else data
+
+
+def read_verified(title: str, path: Path, sha256: str, remedy: str) -> bytes | None:
+    """Content of a file that is what its SHA-256 says; None where there is none.
+
+    Raises:
+        DatasetError: If it cannot be read, or is another; it ends with the remedy.
+    """
     try:
-        data = path.read_bytes()
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if size <= MAX_BYTES else b""
     except FileNotFoundError:
-        return _download(source, name, path)
+        return None
     except OSError as error:
-        raise DatasetError(f"{source.title}: cannot read {path}: {error}") from error
-    found, right = hashlib.sha256(data).hexdigest(), source.sha256[name]
-    if found != right:
+        raise DatasetError(f"{title}: cannot read {path}: {error}; {remedy}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
         raise DatasetError(
-            f"{source.title}: {path} is cut short, corrupted or another file ({len(data)} bytes, SHA-256 {found}, "
-            f"should be {right}); delete it, and the next run downloads it again"
+            f"{title}: {path} is cut short, corrupted or another file ({size} bytes, SHA-256 {found}, should "
+            f"be {sha256}); {remedy}"
         )
     return data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to be read. Not a pipe or a device, which might never end.
+
+    Raises:
+        OSError: If it cannot be opened, or is no file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a file")
+    return path.open("rb")
+
+
+def get_command(source: Source, name: str, path: Path) -> str:
+    """What gets one file of a data set, in a shell."""
+    addresses = [mirror + name for mirror in source.mirrors[:1]]
+    return shlex.join(["curl", "--location", "--create-dirs", "--output", str(path), *addresses])
 
 
 def _download(source: Source, name: str, path: Path) -> bytes:
@@ -96,12 +128,11 @@ def _download(source: Source, name: str, path: Path) -> bytes:
             _publish(source, path, data)
             return data
         failures.append(f"  {url}: sent {len(data)} bytes that are not this file (wrong SHA-256)")
-    command = shlex.join(["curl", "--location", "--create-dirs", "--output", str(path), source.mirrors[0] + name])
     raise DatasetError(
         f"{source.title}: there is no {path}, and it could not be downloaded:\n"
         + "\n".join(failures)
         + f"\nSet {VARIABLE} to the folder that holds {source.folder}/{name}, or get it where there is a network: "
-        + command
+        + get_command(source, name, path)
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from archzoo.names import suggest
 from archzoo.pictures import Picture, outputs, tiles
-from archzoo.tasks.files import data_root, read_file
+from archzoo.tasks.files import data_root, open_file, read_file
 from archzoo.tasks.metrics import mean_loss
 from archzoo.tasks.options import whole_number
 from archzoo.tasks.task import DatasetError, Task, register_task
@@ -259,7 +259,7 @@ def _pictures(option: str, name: str, data_dir: Path | None) -> list[Path]:
     root = data_root(data_dir) / FOLDER
     folder = root / name / "HR" if (root / name / "HR").is_dir() else root / name
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png") if folder.is_dir() else []
-    if Path(name).name != name or not files:
+    if Path(name).name != name or name == ".." or not files:
         known = [*SOURCES, *(p.name for p in root.iterdir())] if root.is_dir() else [*SOURCES]
         hint = SOURCES.get(name) or suggest(name, [*BUILT_IN, *known] if option == "dataset" else known)
         raise DatasetError(
@@ -276,10 +276,12 @@ def _read(files: Sequence[Path], scale: int) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for path in files:
         try:
-            with Image.open(path) as picture:
+            with open_file(path) as file, Image.open(file) as picture:
+                picture.verify()  # its checksums, which decoding leaves out
+            with open_file(path) as file, Image.open(file) as picture:
                 pixels = torch.tensor(np.asarray(picture.convert("RGB")))
-        except OSError as error:
-            raise DatasetError(f"cannot read the picture {path}: {error}") from error
+        except Exception as error:  # of whatever kind: Pillow has many for a broken file
+            raise DatasetError(f"cannot read the picture {path}: {error}; get it again, or delete it") from error
         if min(pixels.shape[:2]) < (least := WINDOW + 3 * scale):
             raise DatasetError(f"{path}: {pixels.shape[0]} x {pixels.shape[1]} pixels are less than {least} each way")
         pairs.append(_photograph(pixels.permute(2, 0, 1)[None], scale))

@@ -24,6 +24,26 @@ class DatasetError(RuntimeError):
     """A data set is missing, partial or corrupted. The message says where it was looked for and how to get it."""
 
 
+class SampleError(DatasetError):
+    """An example, or a batch, could not be read. Can be pickled, as it comes out of a loader process.
+
+    Attributes:
+        dataset: The task and the split.
+        index: Number of the example in the split; None where it is not known which of a batch it was.
+        worker: Number of the loader process; None where none was asked.
+        reason: What went wrong.
+    """
+
+    def __init__(self, dataset: str, index: int | None, worker: int | None, reason: str):
+        super().__init__(dataset, index, worker, reason)
+        self.dataset, self.index, self.worker, self.reason = dataset, index, worker, reason
+
+    def __str__(self) -> str:
+        what = "a batch" if self.index is None else f"example {self.index}"
+        reader = "" if self.worker is None else f" by loader process {self.worker}"
+        return f"{self.dataset}: {what} could not be read{reader}: {self.reason}"
+
+
 class TensorSplit(Dataset[tuple[Tensor, Tensor]]):
     """Examples held in memory. A whole batch is read by one indexing, not example by example.
 

@@ -1,10 +1,11 @@
-from itertools import islice
+from itertools import chain, islice, zip_longest
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archzoo.tasks.task import TensorSplit
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
 from tests.training.support import Blobs
 
@@ -38,14 +39,59 @@ def test_a_batch_size_of_all_examples_or_more_gives_the_same_full_batch_at_every
     assert order.batches_per_epoch == 1
 
 
-@given(world_size=st.integers(1, 4), **sizes)
-def test_ranks_share_a_batch_without_overlap(world_size, examples, batch_size, seed):
-    whole = next(iter(BatchOrder(examples, batch_size, seed=seed)))
-    parts = [
-        next(iter(BatchOrder(examples, batch_size, seed=seed, rank=r, world_size=world_size)))
-        for r in range(world_size)
-    ]
-    assert sorted(i for part in parts for i in part) == sorted(whole)
+@given(
+    world_sizes=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    starts=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+    shuffle=st.booleans(),
+    batches_per_epoch=st.none() | st.integers(1, 8),
+    **sizes,
+)
+def test_ranks_share_the_very_batches_of_one_process_also_resumed_at_another_world_size(
+    world_sizes, starts, shuffle, batches_per_epoch, examples, batch_size, seed
+):
+    def batches(start, count, rank=0, world_size=1):
+        options = {"shuffle": shuffle, "batches_per_epoch": batches_per_epoch}
+        order = BatchOrder(examples, batch_size, seed=seed, start=start, rank=rank, world_size=world_size, **options)
+        return list(islice(order, count))
+
+    whole = batches(0, sum(starts))
+    shared = []
+    for world_size, start, count in zip(world_sizes, (0, starts[0]), starts, strict=True):
+        ranks = [batches(start, count, rank, world_size) for rank in range(world_size)]
+        for parts in zip(*ranks, strict=True):
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+            # Dealt back in turn: nothing is lost, nothing comes twice, and the order is the one of a single process.
+            shared.append([i for turn in zip_longest(*parts) for i in turn if i is not None])
+    assert shared == whole
+
+
+@given(
+    world_size=st.integers(1, 8),
+    examples=st.integers(0, 50),
+    batch_size=st.integers(1, 20),
+    limit=st.none() | st.integers(1, 8),
+    whole_batches=st.booleans(),
+)
+def test_evaluation_shows_every_example_to_one_rank(world_size, examples, batch_size, limit, whole_batches):
+    numbers = torch.arange(examples)
+    split = TensorSplit(numbers, numbers) if whole_batches else list(zip(numbers, numbers, strict=True))
+    task = Blobs()
+
+    def batches(**share):
+        return [x.tolist() for x, _ in eval_batches(task, split, batch_size, limit, **share)]
+
+    whole = batches()
+    shown = min(examples, batch_size * limit) if limit else examples
+    assert list(chain(*whole)) == list(range(shown))
+    parts = [batches(rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert all(len(part) <= len(whole) and all(part) for part in parts)
+    assert sorted(chain(*chain(*parts))) == list(range(shown))
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_the_world_is_refused(rank, world_size):
+    with pytest.raises(ValueError, match=f"rank={rank}: must be from 0 to world_size - 1, and world_size is"):
+        BatchOrder(10, 5, seed=0, rank=rank, world_size=world_size)
 
 
 def test_unshuffled_batches_come_in_order_and_stop_early_on_request():
