@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from archzoo.report.files import read_own
 from archzoo.report.sizes import labelled, with_sizes
 from archzoo.report.tuning import Trial, Tuning, choose
 
@@ -155,7 +156,8 @@ class Run:
         """
         key = json.dumps(containing).encode() if containing else b""
         try:
-            lines = [line for line in (self.folder / "metrics.jsonl").read_bytes().splitlines() if key in line]
+            data = read_own(self.folder / "metrics.jsonl", self.folder.parent)
+            lines = [line for line in data.splitlines() if key in line]
         except OSError:
             return []
         try:  # one parse of the whole file is several times faster than one a line
@@ -401,7 +403,7 @@ def _load_run(folder: Path) -> Run:
     error: str | None = None
     record: dict[str, Any] = {}
     try:
-        loaded = json.loads((folder / "run.json").read_bytes())
+        loaded = json.loads(read_own(folder / "run.json", folder.parent))
         if isinstance(loaded, dict):
             record = loaded
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from archzoo.report.files import read_own
 from archzoo.report.load import Comparison, Run, clean
 from archzoo.report.samples import best_first
 
@@ -85,7 +86,9 @@ def _drawings(run: Run, label: str) -> Iterator[Drawing]:
     seed = "" if run.seed is None else f", seed {run.seed}"
     for entry in _entries(run)[:MOST]:
         name, caption = entry.get("name"), entry.get("caption")
-        if isinstance(name, str) and re.fullmatch(NAME, name) and (data := _read(folder / f"{name}.png")):
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            continue
+        if data := _read(folder / f"{name}.png", run.folder.parent):
             width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
             file = quote(f"{run.folder.name}/{FOLDER}/{name}.png")
             yield Drawing(name, label + seed, clean(caption or ""), file, width, height, data)
@@ -93,17 +96,16 @@ def _drawings(run: Run, label: str) -> Iterator[Drawing]:
 
 def _entries(run: Run) -> list[dict[str, Any]]:
     try:
-        entries = json.loads((run.folder / "run.json").read_bytes())["pictures"]["drawn"]
+        entries = json.loads(read_own(run.folder / "run.json", run.folder.parent))["pictures"]["drawn"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # as a run that drew nothing has it
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def _read(path: Path) -> bytes:
-    """A PNG file; empty if it is none, or too large."""
+def _read(path: Path, root: Path) -> bytes:
+    """A PNG file of the comparison's own; empty if it is none, or too large."""
     try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
+        data = read_own(path, root, LARGEST + 1)
     except OSError:
         return b""
     return data if len(data) <= LARGEST and data.startswith(_PNG) and len(data) > 24 else b""

@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass
 
+from archzoo.names import visible
+from archzoo.report.files import read_own
 from archzoo.report.load import Comparison, Contestant, Run
 
 LONGEST = 600
@@ -23,15 +25,6 @@ class Sample:
         """The beginning of the text in one line, for a terminal."""
         whole = self.text.replace("\t", " ").replace("\n", "⏎")
         return whole if len(whole) <= 160 else whole[:159] + "…"
-
-
-def visible(text: str) -> str:
-    r"""The text with U+FFFD in the place of what cannot be shown: control characters, lone surrogates.
-
-    >>> visible("a\0b\n")
-    'a�b\n'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def samples(comparison: Comparison) -> tuple[Sample, ...]:
@@ -56,7 +49,7 @@ def best_first(comparison: Comparison, group: Contestant) -> list[Run]:
 
 def _text(run: Run) -> str:
     try:
-        text = json.loads((run.folder / "run.json").read_bytes())["summary"]["task"]["sample"]
+        text = json.loads(read_own(run.folder / "run.json", run.folder.parent))["summary"]["task"]["sample"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # as a run of another task has it
         return ""
     return visible(text) if isinstance(text, str) else ""

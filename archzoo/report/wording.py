@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -644,7 +645,7 @@ def setting(comparison: Comparison) -> list[tuple[str, str]]:
 def command(comparison: Comparison) -> str | None:
     """The command that runs the comparison again."""
     names = sorted({run.experiment for run in comparison.runs if run.experiment})
-    return f"python train.py experiment={names[0]}" if len(names) == 1 else None
+    return f"python train.py experiment={shlex.quote(names[0])}" if len(names) == 1 else None  # to be pasted
 
 
 def shared_settings(runs: Sequence[Run]) -> dict[str, str]:

@@ -119,6 +119,8 @@ def write_report(folder: str | Path, baseline: str | None = None) -> Path:
     sections = report_sections(comparison, baseline)
     overview = report_overview(comparison, sections)
     figures = folder / FIGURES
+    if figures.is_symlink():  # which may lead anywhere
+        figures.unlink()
     figures.mkdir(exist_ok=True)
     for picture in _pictures(sections, overview):
         write_atomically(figures / f"{picture.name}.svg", picture.svg)
@@ -273,7 +275,7 @@ def markdown(comparison: Comparison, sections: Sequence[Section], overview: Over
             lines += [f"{mark} Sampled text", "", *(line for sample in section.samples for line in _md_sample(sample))]
         lines += [f"{mark} Setting", ""]
         lines += [f"- {text_markdown(term)}: {text_markdown(value)}" for term, value in section.setting]
-        lines += [f"- Run again: `{section.command}`"] if section.command else []
+        lines += [f"- Run again: {_md_code(section.command)}"] if section.command else []
         lines += ["", f"{mark} How it was computed", "", *(f"- {text_markdown(line)}" for line in section.methods)]
         lines += ["", f"{mark} Runs", "", markdown_table(section.runs), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -445,6 +447,8 @@ def _csv(value: object) -> object:
         return str(value).lower()
     if isinstance(value, float) and value == int(value) and abs(value) >= 1:
         return int(value)
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
+        return f"'{value}"  # a spreadsheet would take it for a formula
     return value
 
 
@@ -458,6 +462,11 @@ def text_markdown(text: str) -> str:
     """Text that Markdown shows as it is, escaped no more than need be, so that the source reads well too."""
     text = re.sub(r"([\\`*<|~$])", r"\\\1", text)
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text).replace("](", "]\\(")
+
+
+def _md_code(text: str) -> str:
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def _md_sample(sample: Sample) -> list[str]:

@@ -7,18 +7,31 @@ run goes on. A mirror that starts late, as after an interruption, is brought up 
 import html
 import json
 import logging
-import os
+import queue
+import re
 import shutil
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from archzoo.report.samples import visible
+from archzoo.names import visible
+from archzoo.report.files import read_own
+from archzoo.report.pictures import FOLDER, NAME
+from archzoo.report.wandb_server import Unreachable, be_quiet, log_in
 from archzoo.training.config import TrackerConfig
 from archzoo.training.pictures import Drawn
 
 log = logging.getLogger("archzoo")
-INIT_TIMEOUT = 15  # seconds; wandb's own default is 90
+PATIENCE = 12.0
+"""Seconds that a run waits for W&B in all, at its start and at its end; wandb itself waits 90 s, and without end."""
+LEAST_FOR_THE_END = 3.0
+BACKLOG = 100_000
+"""Calls that may wait for W&B before it is given up: what waits is held in memory."""
+_given_up: str | None = None
+"""Why this process does not try W&B's server any more."""
 
 
 class Tracker(Protocol):
@@ -50,10 +63,11 @@ def flat_summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class WandbTracker:
-    """A W&B run, offline or online.
+    """A W&B run, offline or online. Its calls return when wandb has them, and raise what wandb raises.
 
     The run's id is that of the run folder, so that the same run resumed is the same W&B run. Offline, the files of an
-    interrupted try are replaced by ones that tell the whole story, for W&B keeps every line ever logged.
+    earlier try are replaced by ones that tell the whole story, for W&B keeps every line ever logged. Neither kind gets
+    the command line, the environment, the source code, or the machine's name.
     """
 
     def __init__(
@@ -61,47 +75,48 @@ class WandbTracker:
         config: TrackerConfig,
         folder: Path,
         record: Mapping[str, Any],
-        history: list[dict[str, Any]],
-        texts: list[dict[str, Any]],
+        history: Sequence[dict[str, Any]],
+        texts: Sequence[dict[str, Any]],
+        *,
+        offline: bool,
     ):
         import wandb
 
-        offline = config.wandb == "offline"
         if offline:
-            for old in folder.glob("wandb/offline-run-*"):
+            for old in folder.glob("wandb/*run-*"):
                 shutil.rmtree(old, ignore_errors=True)
         settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT,
+            init_timeout=PATIENCE,
             console="off",
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
             save_code=False,
             silent=True,
-            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,  # sys.argv is part of it
             x_disable_stats=True,
+            x_save_requirements=False,
         )
-        options: dict[str, Any] = {
-            "project": config.project,
-            "entity": config.entity,
-            "group": record["experiment"],
-            "name": record["name"],
-            "id": record["run_id"],
-            "tags": [record["layer"], record["task"], *config.tags],
-            "config": record["config"],
-            "dir": str(folder),
-            "settings": settings,
-        }
-        try:
-            self.run = wandb.init(mode=config.wandb, resume=None if offline else "allow", **options)  # type: ignore[arg-type]
-        except Exception as error:  # wandb raises many kinds; none of them may stop a run
-            log.warning("W&B is not reachable (%s): this run is recorded offline", error)
-            self.run = wandb.init(mode="offline", **options)
-        known = 0 if self.run.settings.mode == "offline" else int(self.run.step or 0)
+        self.run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=record["experiment"],
+            name=record["name"],
+            id=record["run_id"],
+            tags=[record["layer"], record["task"], *config.tags],
+            config={**record["config"], "contestant": record["layer"]},  # which a dashboard groups by
+            dir=str(folder),
+            settings=settings,
+            mode="offline" if offline else "online",
+            resume=None if offline else "allow",
+            reinit="create_new",  # a run of the program around us is none of ours
+        )
+        known = 0 if offline else int(self.run.step or 0)  # the first step that the server lacks
         # In one order: W&B takes no step that lies behind one that it has.
         told = [*((line, self.log_text) for line in texts), *((line, self.log) for line in history)]
         for line, log_line in sorted(told, key=lambda entry: int(entry[0]["step"])):
-            if not known or line["step"] > known:
+            if line["step"] >= known:
                 log_line(line)
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -130,6 +145,171 @@ class WandbTracker:
         """Writes the summary and closes the run."""
         self.run.summary.update(flat_summary(record))
         self.run.finish(exit_code=0 if record["status"] == "done" else 1)
+
+
+class LiveWandb:
+    """A W&B run that can be watched while it trains, and never holds it up.
+
+    A thread of its own talks to W&B. What the server does not take within `PATIENCE` seconds in all, at the start and
+    at the end, it is not waited for: the run is then told once more from the local record, into an offline run, which
+    `archzoo dashboard` or `wandb sync` sends later.
+
+    Raises:
+        Unreachable: If the server cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TrackerConfig,
+        folder: Path,
+        record: Mapping[str, Any],
+        history: Sequence[dict[str, Any]],
+        texts: Sequence[dict[str, Any]],
+    ):
+        self.config, self.folder = config, folder
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
+        self._problem: str | None = None
+        self._ready = threading.Event()
+        began = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._work, args=(dict(record), history, texts), name="archzoo-wandb", daemon=True
+        )
+        self._thread.start()
+        if not self._ready.wait(PATIENCE):
+            self._problem = f"it takes longer than {PATIENCE:g} s to start a run"
+        if self._problem is not None:
+            end_service()
+            raise Unreachable(self._problem)
+        self._patience = max(PATIENCE - (time.monotonic() - began), LEAST_FOR_THE_END)
+
+    def _work(self, record: dict[str, Any], history: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> None:
+        try:
+            log_in()
+            tracker = WandbTracker(self.config, self.folder, record, history, texts, offline=False)
+            self._ready.set()
+            method = ""
+            while method != "finish":
+                method, arguments = self._calls.get()
+                getattr(tracker, method)(*arguments)
+        except (Exception, SystemExit) as error:  # wandb raises many kinds, and exits
+            self._problem = self._problem or (str(error) if isinstance(error, Unreachable) else repr(error))
+        finally:
+            self._ready.set()
+
+    def _post(self, method: str, *arguments: Any) -> None:
+        if self._calls.qsize() >= BACKLOG:
+            self._problem = self._problem or f"{BACKLOG:,} calls are waiting for it"
+        if self._problem is None:
+            self._calls.put((method, arguments))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Has a line logged at its step."""
+        self._post("log", dict(metrics))
+
+    def log_text(self, line: Mapping[str, Any]) -> None:
+        """Has texts logged at their step."""
+        self._post("log_text", dict(line))
+
+    def log_pictures(self, step: int, pictures: Sequence[Drawn]) -> None:
+        """Has the pictures logged."""
+        self._post("log_pictures", step, pictures)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Waits for what is left of the patience; where that is not enough, tells the run again, offline."""
+        self._post("finish", record)
+        if self._problem is None:
+            self._thread.join(self._patience)
+        if self._problem is None and not self._thread.is_alive():
+            for old in self.folder.glob("wandb/offline-run-*"):  # of a try before, when W&B could not be reached
+                shutil.rmtree(old, ignore_errors=True)
+            return
+        give_up(self._problem or f"it does not take all of the run within {PATIENCE:g} s")
+        end_service()
+        tell_offline(self.folder, self.config, record)
+
+
+def tell_offline(folder: Path, config: TrackerConfig, record: Mapping[str, Any]) -> None:
+    """Makes a W&B offline run of a run that has ended, from its folder; in the place of those that are there.
+
+    Args:
+        folder: The run's folder.
+        config: Where it belongs on W&B.
+        record: Its run.json.
+    """
+    history, texts = (read_lines(folder / f"{name}.jsonl", folder.parent) for name in ("metrics", "samples"))
+    tracker = WandbTracker(config, folder, record, history, texts, offline=True)
+    try:
+        entries = [p for p in (record.get("pictures") or {}).get("drawn", []) if re.fullmatch(NAME, p["name"])]
+        drawn = [Drawn(p["name"], p["caption"], folder / FOLDER / f"{p['name']}.png") for p in entries]
+        if own := [picture for picture in drawn if _is_own(picture.path, folder.parent)]:
+            tracker.log_pictures(record["steps"], own)
+    finally:
+        tracker.finish(record)
+
+
+def _is_own(path: Path, root: Path) -> bool:
+    try:
+        return bool(read_own(path, root))
+    except OSError:
+        return False
+
+
+def give_up(problem: str) -> None:
+    """Says once that W&B cannot be used; this process then does not try again."""
+    global _given_up
+    if _given_up is None:
+        _given_up = problem
+        told = "W&B is not used: %s. This run and the later ones of this process are recorded offline; %s sends them"
+        log.warning(told, problem, "`archzoo dashboard`")
+
+
+def open_wandb(
+    config: TrackerConfig,
+    folder: Path,
+    record: Mapping[str, Any],
+    history: Sequence[dict[str, Any]],
+    texts: Sequence[dict[str, Any]],
+) -> Tracker:
+    """A W&B run as the configuration has it, offline where it is to be online and cannot."""
+    be_quiet()
+    if config.wandb == "online":
+        try:
+            if _given_up is None:
+                return LiveWandb(config, folder, record, history, texts)
+            log.info("W&B is not tried again: %s. This run is recorded offline", _given_up)
+        except Unreachable as error:
+            give_up(str(error))
+    return WandbTracker(config, folder, record, history, texts, offline=True)
+
+
+def read_lines(path: Path, root: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that are whole, without the nulls that stand for nan; none where there is no file.
+
+    Raises:
+        OSError: If it cannot be read, or leads out of `root`.
+        ValueError: If a whole line is no JSON.
+    """
+    lines = read_own(path, root).decode().split("\n")[:-1] if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if value is not None} for line in lines]
+
+
+def end_service() -> None:
+    """Ends wandb's own process, and has wandb forget it: while that goes on trying, no Python process can exit."""
+    from wandb.sdk import wandb_setup
+
+    def end() -> None:
+        # There is no public way that does not wait for the server; where these names change, only the exit is slow.
+        service = getattr(getattr(wandb_setup, "_singleton", None), "_connection", None)
+        process = getattr(getattr(service, "_proc", None), "_process", None)
+        if process is None:  # there is none, or it is not ours
+            return
+        process.kill()
+        with suppress(Exception, SystemExit):  # of a process that was killed it complains
+            wandb_setup.teardown()
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(2)
 
 
 class TensorBoardTracker:
@@ -187,9 +367,9 @@ class Trackers:
         texts: list[dict[str, Any]],
     ):
         self.trackers: list[Tracker] = []
+        history = [{key: value for key, value in line.items() if value is not None} for line in history]
         if config.wandb != "disabled":
-            os.environ.setdefault("WANDB_SILENT", "true")
-            self._guard("W&B", lambda: self.trackers.append(WandbTracker(config, folder, record, history, texts)))
+            self._guard("W&B", lambda: self.trackers.append(open_wandb(config, folder, record, history, texts)))
         if config.tensorboard:
             self._guard("TensorBoard", lambda: self.trackers.append(TensorBoardTracker(folder, history, texts)))
 
