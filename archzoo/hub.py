@@ -38,7 +38,7 @@ class HubMixin(PyTorchModelHubMixin):
 
     `save_pretrained`, `push_to_hub` and `from_pretrained` are huggingface_hub's. `from_pretrained` builds the class
     with the arguments it was built with, swaps again, and loads the weights, all of them. Arguments must be plain
-    values, as JSON has them.
+    values, as JSON has them. Weights are read from `model.safetensors`.
     """
 
     def swap(
@@ -96,8 +96,14 @@ class HubMixin(PyTorchModelHubMixin):
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         config = Path(model_file).with_name("config.json")  # fetched before, into the same folder
         for call in json.loads(config.read_text()).get(_KEY, []) if config.exists() else []:
+            if not isinstance(call, dict) or not isinstance(call.get("rules"), dict):
+                raise ValueError(f"{config}: {_KEY} holds {call!r}, which is not what `HubMixin.swap` stores: no rules")
             rules = {
                 rule: tuple(choice) if isinstance(choice, list) else choice for rule, choice in call["rules"].items()
             }
             model.swap(**{**call, "rules": rules})
         return super()._load_as_safetensor(model, model_file, map_location, strict)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        raise ValueError(f"{model_file}: is a pickle, which could run code; weights are read from model.safetensors")

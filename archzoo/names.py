@@ -1,7 +1,16 @@
-"""Suggestions for misspelt names, in a module that imports nothing heavy."""
+"""Suggestions for misspelt names, and text that can be shown, in a module that imports nothing heavy."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+
+def visible(text: str) -> str:
+    r"""The text with U+FFFD in the place of what cannot be shown: control characters, lone surrogates.
+
+    >>> visible("a\0b\n")
+    'a�b\n'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def suggest(wrong: str, names: Sequence[str]) -> str:

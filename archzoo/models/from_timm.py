@@ -64,8 +64,8 @@ def from_timm(
         name: As timm has it, `"vit_tiny_patch16_224"`; those of `import archzoo.models` too.
         image_size: Side in pixels to which images are enlarged. None: each side to the next multiple of 32.
         pretrained: Whether to load timm's weights, which timm then looks for on the network.
-        checkpoint: A file of weights to start from.
-        options: Of `timm.create_model`, as `{"drop_path_rate": 0.1}`.
+        checkpoint: A file of weights to start from, `.safetensors`: others are pickles.
+        options: Of `timm.create_model`, as `{"drop_path_rate": 0.1}`; none that says where weights come from.
 
     Raises:
         ValueError: If there is no such model, timm refuses an option, or it does not run on such images.
@@ -76,6 +76,9 @@ def from_timm(
         raise ValueError(f"name={name!r}: timm has no such model; {suggest(name, timm.list_models())}")
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size={image_size!r}: must be a side in pixels, or null")
+    if taken := sorted(key for key in options or {} if key.startswith(("pretrained", "checkpoint", "cache"))):
+        right = f"weights come by pretrained=true, or from the file checkpoint; leave out {', '.join(taken)}"
+        raise ValueError(f"options={options}: {right}")
     channels, *sides = input_shape
     height, width = (image_size or -(-side // MULTIPLE) * MULTIPLE for side in sides)
     given = {"in_chans": channels, "num_classes": output_size, **(options or {})}
@@ -96,6 +99,10 @@ def from_timm(
         raise ValueError(f"name={name!r}: its output is not one score for each of {output_size} classes")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ValueError(f"checkpoint={checkpoint!r}: there is no such file")
+    if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
+        raise ValueError(
+            f"checkpoint={checkpoint!r}: is not read, for a pickle may run code; convert it to a .safetensors file"
+        )
     if not meta:
         given |= {"pretrained": pretrained, "checkpoint_path": checkpoint or ""}
     return TimmModel(timm.create_model(name, **given), (height, width))

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from archzoo.models.model import LayerFactory, register_model
 from archzoo.names import suggest
 
+ATTENTION = ("eager", "sdpa")
+"""Its own implementations of attention; by any other name, transformers may fetch a kernel and run it."""
+# What transformers takes for places of code or of files.
+_CODE = ("auto_map", "trust_remote_code", "name_or_path", "quantization_config", "experts_implementation")
+
 
 class CausalModel(nn.Module):
     """A causal language model of transformers that gives its logits alone.
@@ -66,6 +71,7 @@ def from_transformers(
         ) from error
     if name not in KNOWN:
         raise ValueError(f"name={name!r}: transformers has no such causal model; {suggest(name, sorted(KNOWN))}")
+    _check_config(config or {})
     # Its own special tokens need not be in the vocabulary; an encoder is causal as a decoder only.
     given = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | {"is_decoder": True} | (config or {})
     try:
@@ -86,6 +92,18 @@ def from_transformers(
 
 
 from_transformers.takes_tokens = True  # type: ignore[attr-defined]  # the trainer refuses a task that does not go with it
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """A ValueError for a value that could bring in somebody's code."""
+    for key, value in config.items():
+        if key.lstrip("_") == "attn_implementation":
+            if value not in ATTENTION:
+                raise ValueError(f"config={config}: {key}={value!r} must be one of {', '.join(ATTENTION)}")
+        elif key.startswith("_") or key in _CODE:
+            raise ValueError(f"config={config}: {key} is no size or option of a model; leave it out")
+        if isinstance(value, dict):
+            _check_config(value)
 
 
 @torch.no_grad()
