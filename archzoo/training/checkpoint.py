@@ -1,39 +1,78 @@
 """Checkpoints: folders of safetensors and JSON, complete or absent, and verified before a byte of them is used.
 
 A checkpoint is written as `step_00000120.tmp-<pid>/`, each file synced, the manifest (size and SHA-256 of every file)
-last, and then renamed. A reader takes the newest folder whose manifest verifies. Nothing is ever unpickled.
+last, and then renamed. Older ones go only once it has been read back. A reader takes the newest folder whose manifest
+verifies. Nothing is ever unpickled.
+
+A checkpoint says which format it has. A version of archzoo reads the format that it writes, and those that the two
+minor versions before it wrote; any other is refused with the version that wrote it.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from archzoo._version import __version__
+
 FORMAT = 1
+READABLE = (1,)
+"""Formats that are read: at least those of the two minor versions before this one."""
 MANIFEST = "manifest.json"
+STATE_BYTES = 1 << 26
+"""Largest state.json that is read: parsed, JSON takes many times its size."""
+CHUNK = 1 << 20  # bytes that are read back at once
+MANIFEST_BYTES = 1 << 20
+"""Largest manifest that is read; ours have some hundred bytes."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged or of another model. The message names the file and what is wrong with it."""
 
 
-def write_file(path: Path, data: bytes) -> None:
+class SaveError(CheckpointError):
+    """Checkpoints cannot be written. The message names where, the bytes needed and the bytes free."""
+
+
+class FormatError(CheckpointError):
+    """A checkpoint is of a format that this version of archzoo does not read: no reason to go on from an older one."""
+
+
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
     """Writes and syncs a new file."""
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_checked(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file and reads it back; returns its size and SHA-256 as a manifest has them."""
+    kept, digest = list(parts), hashlib.sha256()
+    for part in kept:
+        digest.update(part)
+    write_file(path, *kept)
+    with path.open("rb", buffering=0) as file:
+        for part in kept:
+            for start in range(0, len(part), CHUNK):
+                chunk = part[start : start + CHUNK]
+                if file.read(len(chunk)) != bytes(chunk):  # bytes: a memoryview is compared element by element
+                    raise OSError(errno.EIO, "what was written is not what is read", str(path))
+    return {"bytes": sum(map(len, kept)), "sha256": digest.hexdigest()}
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -56,15 +95,56 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them."""
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """A safetensors file in parts, none of which is a copy of a tensor that lies in memory as in the file."""
+    header, stored, end = {}, [], 0
+    # The widest first, so that each lies at a multiple of its element's size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"tensor {name} is {tensor.dtype}; a checkpoint holds {', '.join(map(str, DTYPES))}")
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        stored.append(tensor)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in stored:
+        flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield memoryview(flat)
+
+
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as safetensors bytes; tensors that share memory are each stored whole."""
-    return save_safetensors({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()})
+    return b"".join(_parts(tensors))
 
 
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Writes one checkpoint, and deletes the older ones beyond `keep` once it is in place.
+    """Writes one checkpoint, and deletes the others beyond `keep` once it is in place and has been read back.
+
+    Of the others, those of a later step go first: they are of a future that the run did not resume from.
 
     Args:
         folder: Holds all checkpoints of a run.
@@ -74,7 +154,7 @@ def save_checkpoint(
         keep: How many of the newest checkpoints stay.
 
     Raises:
-        OSError: If it cannot be written; the older ones are left as they are.
+        OSError: If it cannot be written, or is read back otherwise; the older ones are left as they are.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f"{final.name}.tmp-{os.getpid()}"
@@ -82,39 +162,52 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        files = {f"{stem}.safetensors": pack_tensors(named) for stem, named in tensors.items()}
-        files["state.json"] = json.dumps({"format": FORMAT, "step": step, **state}, sort_keys=True).encode()
-        manifest = {}
-        for name, data in files.items():
-            write_file(partial / name, data)
-            manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write_file(partial / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1).encode())
+        text = json.dumps({"format": FORMAT, "step": step, **state}, sort_keys=True).encode()
+        files: dict[str, Iterable[bytes | memoryview]] = {
+            **{f"{stem}.safetensors": _parts(named) for stem, named in tensors.items()},
+            "state.json": [text],
+        }
+        listing = {name: _write_checked(partial / name, parts) for name, parts in files.items()}
+        manifest = {"format": FORMAT, "archzoo": __version__, "files": listing}
+        _write_checked(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         sync_folder(partial)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
+        if final.exists():  # the same step again, after a resume from an older one: this one could not be used
+            _remove(final)
         partial.rename(final)
         sync_folder(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    others = [path for path in list_checkpoints(folder) if path != final]
+    later = [path for path in others if int(path.name[5:]) > step]
+    for path in later + others[len(later) :][keep - 1 :]:
+        with contextlib.suppress(OSError):
+            _remove(path)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint in one blow: a process that is killed here leaves it whole or, to be swept, unnamed."""
+    unnamed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+    path.rename(unnamed)
+    shutil.rmtree(unnamed, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first. Whether they are sound is for `load_checkpoint` to say."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.name.startswith("step_") and p.name[5:].isdigit()]
+    found = [p for p in folder.iterdir() if re.fullmatch("step_[0-9]{8,18}", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def sweep_partial(folder: Path) -> None:
-    """Removes what a writer that was killed has left behind."""
-    if folder.is_dir():
-        for partial in folder.glob("step_*.tmp-*"):
+    """Removes what a writer that was killed has left behind: half of a checkpoint, or of another file."""
+    for partial in folder.glob("*.tmp-*"):
+        if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -124,27 +217,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         The tensors as given to `save_checkpoint`, and the state.
 
     Raises:
+        FormatError: If it is of a format that this version does not read.
         CheckpointError: If a file is missing, or is not what was written.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {manifest['format']!r}, and this version reads format {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not a manifest ({error})") from error
+    entries = _read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    state: dict[str, Any] | None = None
+    state: Any = None
     for name, (size, digest) in entries.items():
         file = path / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / MANIFEST}: names a file outside the checkpoint: {name!r}")
-        try:
-            if file.stat().st_size != size:
-                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, and {size} were written")
-            data = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+        data = _read(file, size if file.suffix == ".safetensors" else min(size, STATE_BYTES))
+        if len(data) != size:
+            raise CheckpointError(f"{file}: {len(data)} bytes, and {size} were written")
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(f"{file}: its SHA-256 is not the manifest's; the file is damaged")
         try:
@@ -152,18 +235,97 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
                 tensors[file.stem] = load_safetensors(data)
             elif name == "state.json":
                 state = json.loads(data)
-        except (SafetensorError, ValueError) as error:
+        except Exception as error:  # parsers raise many kinds on bytes that nobody wrote by our rules
             raise CheckpointError(f"{file}: cannot be parsed ({error})") from error
-    if state is None:
-        raise CheckpointError(f"{path}: state.json is missing")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / 'state.json'}: missing, or does not hold a JSON object")
+    step = state.get("step")
+    if type(step) is not int or path.name != f"step_{step:08d}":
+        raise CheckpointError(f"{path}: its state is that of step {step!r}")
     return tensors, state
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file that no manifest speaks of, as `model.safetensors` of a run.
+
+    Raises:
+        CheckpointError: If it is not one, or does not fit into memory.
+    """
+    data = _read(file, _memory())
+    try:
+        return load_safetensors(data)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{file}: cannot be parsed ({error})") from error
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """File -> size and SHA-256."""
+    file = path / MANIFEST
+    data = _read(file, MANIFEST_BYTES)
+    try:
+        manifest = json.loads(data)
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        version = manifest["format"], manifest.get("archzoo", "an unknown version")
+    except Exception as error:  # whatever is not there, or of another type
+        raise CheckpointError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+    for name, (size, digest) in entries.items():
+        if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            raise CheckpointError(f"{file}: names a file outside the checkpoint: {name!r}")
+        if type(size) is not int or size < 0 or type(digest) is not str:
+            raise CheckpointError(f"{file}: says {size!r} bytes with SHA-256 {digest!r} of {name}")
+    if version[0] not in READABLE or type(version[0]) is not int:
+        raise FormatError(
+            f"{path}: format {version[0]!r}, written by archzoo {version[1]}; archzoo {__version__} reads format "
+            f"{', '.join(map(str, READABLE))}: go on with the version that wrote it"
+        )
+    return entries
+
+
+def _read(file: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; what is larger is refused before there is room made for it."""
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
+            raise CheckpointError(f"{file}: not a regular file")
+        if found.st_size > limit:
+            raise CheckpointError(f"{file}: {found.st_size} bytes, and at most {limit} were written")
+        if found.st_size > _memory():
+            raise CheckpointError(f"{file}: {found.st_size} bytes, which is more than this machine's memory")
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 SEPARATOR = "::"  # between a parameter's name, an optimizer's names of its state, and a place in a list of it
 
 
+def get_weights(model: nn.Module, sharded: bool = False) -> dict[str, Tensor]:
+    """A copy of a model's state dict on the CPU; of a sharded model the whole in rank 0, and nothing elsewhere."""
+    if not sharded:
+        return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return cast(Any, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor], sharded: bool = False) -> None:
+    """The inverse of `get_weights`."""
+    if sharded:
+        set_model_state(model, {f"model.{name}": value for name, value in weights.items()}, sharded)
+    else:
+        model.load_state_dict(weights)
+
+
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Model and optimizer as one flat dictionary of tensors, and what else the optimizer holds as plain JSON."""
+    """Model and optimizer as one flat dictionary of tensors, and what else the optimizer holds as plain JSON.
+
+    In a process group, all processes must ask for it, and rank 0 gets it: the others get nothing.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -174,6 +336,8 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
         optim = {"state": {names[p]: state for p, state in optimizer.state.items()}, "param_groups": groups}
+    if _in_a_group() and torch.distributed.get_rank() > 0:
+        return {}, {}
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in own.items()}
     numbers: dict[str, Any] = {}
 
@@ -206,8 +370,8 @@ def set_state(
     set_optimizer_state(model, optimizer, tensors, numbers)
 
 
-def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads the model's part of what `get_state` returned.
+def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor], sharded: bool = False) -> None:
+    """Loads the model's part of what `get_state` returned; of a sharded model rank 0 has it, and it is sent from there.
 
     Raises:
         CheckpointError: If a tensor is missing, left over, or of another shape than the model's.
@@ -216,15 +380,20 @@ def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     try:
-        set_model_state_dict(model, cast(Any, own), options=StateDictOptions(full_state_dict=_in_a_group()))
+        options = StateDictOptions(full_state_dict=_in_a_group(), broadcast_from_rank0=sharded)
+        set_model_state_dict(model, cast(Any, own), options=options)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from error
 
 
 def set_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+    sharded: bool = False,
 ) -> None:
-    """Loads the optimizer's part of what `get_state` returned.
+    """Loads the optimizer's part of what `get_state` returned; of a sharded model rank 0's tensors count.
 
     Raises:
         CheckpointError: If it is of another optimizer or model.
@@ -256,13 +425,16 @@ def set_optimizer_state(
             optim_state_dict=cast(Any, {"state": state, "param_groups": groups}),
             # In one process nothing is sharded, and torch's path for full states needs an optimizer that has any. Not
             # every parameter has a state: right after a grid update or a refinement some have none.
-            options=StateDictOptions(full_state_dict=_in_a_group(), strict=False),
+            options=StateDictOptions(full_state_dict=_in_a_group(), broadcast_from_rank0=sharded, strict=False),
         )
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model or optimizer: {error}") from error
     # torch makes a state for every parameter before it loads.
+    known = [list(state)]
+    if sharded:
+        torch.distributed.broadcast_object_list(known, src=0)
     for name, own in model.named_parameters():
-        if name not in state:
+        if name not in known[0]:
             optimizer.state.pop(own, None)
 
 
