@@ -23,6 +23,7 @@ from archzoo.kernels._op import (
     compute_dtype,
     differentiable_gradients,
     flop_formula,
+    plain_eager,
     under_transform,
     without_autocast,
 )
@@ -41,54 +42,62 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, m
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+def _features_last(q: Tensor) -> Tensor:
+    """q with the features of a position side by side: the kernel lays y out as q, but writes it as if they were."""
+    return q if q.stride(-1) == 1 else q.contiguous()
 
 
-@torch.library.custom_op("archzoo::attention", mutates_args=())
 @without_autocast
-def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y (B, L, H, D), contiguous, and the logarithms of the sums of exponentials (B, L, H)."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y (B, H, L, D) and the logarithms of the sums of exponentials (B, H, L), laid out as the kernel leaves them."""
     if q.numel() == 0 or k.numel() == 0:  # which the kernel does not take; a sum over no keys is 0
-        B, H, L, D = q.shape
-        return q.new_zeros(B, L, H, D), q.new_zeros(B, L, H, dtype=compute_dtype(q))
+        B, H, L, _ = q.shape
+        return torch.zeros_like(q), q.new_zeros(B, L, H, dtype=compute_dtype(q)).transpose(1, 2)
+    q = _features_last(q)
     y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
-    if ((sums == 0) | sums.isinf()).any():
-        # So the kernel marks rows whose weights it left at 0, and half precision those with an infinite score; but a
-        # sum of 1 has the logarithm 0 too.
+    if math.isnan(sums.div(sums).sum()):  # one of them is 0, infinite or NaN
+        # By 0 the kernel marks rows whose weights it left at 0, and by infinity, in half precision, those with an
+        # infinite score; but a sum of 1 has the logarithm 0 too.
         ones = torch.ones_like(v)
         weights, _ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, ones, 0.0, causal, attn_mask=mask)
         hidden = (weights[..., 0] == 0) | sums.isinf()
         y.masked_fill_(hidden.unsqueeze(-1), math.nan)
         sums.masked_fill_(hidden, math.nan)
-    return y.transpose(1, 2).contiguous(), sums.transpose(1, 2).contiguous()
+    return y, sums
 
 
-@torch.library.custom_op("archzoo::attention_backward", mutates_args=())
 @without_autocast
-def attention_backward_op(
+def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, of dy (B, L, H, D)."""
+    """dq, dk, dv, laid out as the kernel leaves them."""
     if q.numel() == 0 or k.numel() == 0:
-        return _zeros(q), _zeros(k), _zeros(v)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dy.transpose(1, 2), q, k, v, y.transpose(1, 2), sums.transpose(1, 2), 0.0, causal, attn_mask=mask
+        dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask
     )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return dq, dk, dv
+
+
+attention_op = torch.library.custom_op("archzoo::attention", _forward, mutates_args=())
+attention_backward_op = torch.library.custom_op("archzoo::attention_backward", _backward, mutates_args=())
 
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    B, H, L, D = q.shape
-    return q.new_empty(B, L, H, D), q.new_empty(B, L, H, dtype=compute_dtype(q))
+    q = _features_last(q)
+    y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    return y, sums
 
 
 @attention_backward_op.register_fake
 def _(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _zeros(q), _zeros(k), _zeros(v)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask
+    )
+    return dq, dk, dv
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,14 +112,29 @@ def _gradients(ctx: Any, dy: Tensor, dsums: Tensor | None) -> tuple[Tensor | Non
     if torch.is_grad_enabled():  # create_graph=True
 
         def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention_reference(q, k, v, ctx.causal, mask).transpose(1, 2)
+            return attention_reference(q, k, v, ctx.causal, mask)
 
         return *differentiable_gradients(definition, dy, (q, k, v), needed), None, None
-    gradients = attention_backward_op(dy, q, k, v, y, sums, ctx.causal, mask)
+    backward = _backward if plain_eager(dy) else attention_backward_op
+    gradients = backward(dy, q, k, v, y, sums, ctx.causal, mask)
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
 
 
 attention_op.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *dys)
 
 
 @flop_formula(torch.ops.archzoo.attention)
@@ -156,13 +180,18 @@ def attention(
             f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: must be (B, H, L, D), "
             "(B, H, M, D) twice, and M = L if causal=True"
         )
-    q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype == autocast_dtype(q):
+        q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
     mask = None if attn_mask is None else _scores_of(attn_mask, q, k, causal)
     if q.is_cuda or dropout or (mask is not None and mask.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     if under_transform():
         return attention_reference(q, k, v, causal, mask)
-    return attention_op(q, k, v, causal, mask)[0].transpose(1, 2)
+    op = attention_op
+    if plain_eager(q):
+        op = _Eager.apply if torch.is_grad_enabled() else _forward
+    y: Tensor = op(q, k, v, causal, mask)[0]
+    return y
 
 
 def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archzoo.arguments import check_types
 from archzoo.budget import Match, count_flops, count_parameters, match_option, match_widths
 from archzoo.models.model import LayerFactory, models
 from archzoo.models.stacked import build_stacked
 from archzoo.names import suggest
 from archzoo.registry import layer_options, list_layers
 from archzoo.tasks.task import DatasetError, Task, tasks
+from archzoo.training import distributed
 from archzoo.training.config import (
     ConfigError,
     OptimizerConfig,
@@ -30,6 +33,10 @@ from archzoo.training.swapping import swap_in
 
 if TYPE_CHECKING:
     from archzoo.training.callbacks import Callback
+
+
+DEEPEST = 1000
+"""Blocks of a model at most: to build it takes time, even where it takes no memory."""
 
 
 def data_dir(config: TrainConfig) -> Path | None:
@@ -81,6 +88,7 @@ def _task(options: str, folder: Path | None, seed: int) -> Task:
     kwargs = json.loads(options)
     name = kwargs.pop("name")
     try:
+        check_types(tasks.get(name), kwargs)
         return tasks.create(name, data_dir=folder, seed=seed, **kwargs)
     except DatasetError:
         raise
@@ -92,14 +100,21 @@ def _factory(layer: dict[str, Any]) -> LayerFactory:
     options = dict(layer)
     name = options.pop("name")
     try:
-        return LayerFactory(name, options)
+        factory = LayerFactory(name, options)
     except ValueError as error:
         raise ConfigError(f"layer.name={name}: {error}") from error
+    try:
+        check_types(factory.entry.cls, options, finite=False)
+    except ValueError as error:
+        raise _refused("layer", layer, error) from error
+    return factory
 
 
 def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple[int, ...] | None) -> nn.Module:
     options, name = dict(config.model), model_key(config)
     del options["library" if name == options.get("library") else "name"]
+    if name in models.names():
+        _check_model(name, options)
     if widths is not None:
         options |= {"widths": widths}
     if options.get("hidden") is not None:
@@ -107,6 +122,13 @@ def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
     if name in models.names() and "data_dir" in inspect.signature(models.get(name)).parameters:
         options["data_dir"] = data_dir(config)
     return models.create(name, _factory(layer), task.input_shape, task.output_size, **options)
+
+
+def _check_model(name: str, options: dict[str, Any]) -> None:
+    """A ValueError for an option of another type, and for a depth that takes too long to build."""
+    check_types(models.get(name), options)
+    if not 0 <= options.get("depth", 0) <= DEEPEST:
+        raise ValueError(f"depth={options['depth']}: must be from 0 to {DEEPEST}")
 
 
 def _hidden(config: TrainConfig, task: Task) -> Any:
@@ -228,6 +250,37 @@ def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
     return match
 
 
+def check_memory(config: TrainConfig, task: Task, match: Match | None) -> None:
+    """Refuses a model or a batch that this machine has no memory for, before it is allocated.
+
+    Args:
+        config: The run's.
+        task: Its task.
+        match: What the budget chose.
+
+    Raises:
+        ConfigError: With the bytes that it takes and the bytes that there are.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def needs(what: str, number: float, size: int, right: str) -> None:
+        if number * size > memory:
+            taken, there = (f"{count / 2**30:,.0f} GiB" for count in (number * size, memory))
+            raise ConfigError(f"{what} take {taken}, and this machine has {there}; {right}")
+
+    if "library" not in config.model:
+        layer = config.layer | ({match.option: match.value} if match and match.option else {})
+        with torch.device("meta"):
+            parameters = count_parameters(_build(config, layer, task, match.widths if match else None))
+        keys = ", ".join(f"model.{key}={config.model[key]}" for key in ("width", "depth") if key in config.model)
+        what = f"{keys}, layer={layer['name']}: {parameters * task.seeds:,} parameters"
+        needs(what, parameters * task.seeds, 8, "choose a smaller model.width, or smaller options of the layer")
+    asked = config.trainer.batch_size
+    size = min(asked if isinstance(asked, int) else 1, len(task.train))  # type: ignore[arg-type]  # every split has one
+    values = size * task.seeds * math.prod(task.input_shape)
+    needs(f"trainer.batch_size={asked}: the inputs", values, 8, "choose a smaller one")
+
+
 def _varied_option(config: TrainConfig) -> str | None:
     """The option of the contestant that the budget varies; None if it varies the widths."""
     name, vary = config.layer["name"], config.budget.vary
@@ -249,7 +302,12 @@ def _varied_option(config: TrainConfig) -> str | None:
 
 
 def _widths(config: TrainConfig) -> tuple[int, ...]:
-    parameters = inspect.signature(models.get(config.model["name"])).parameters
+    name = config.model["name"]
+    parameters = inspect.signature(models.get(name)).parameters
+    try:
+        _check_model(name, {key: config.model[key] for key in ("width", "depth") if key in config.model})
+    except ValueError as error:
+        raise _refused("model", config.model, error) from error
     width, depth = (int(config.model.get(key, parameters[key].default)) for key in ("width", "depth"))
     return (width,) * depth
 
@@ -302,6 +360,7 @@ def build_model(
             layer |= callback.prepare(config, None)
         return _swapped(config, layer, task)
     match = choose_widths(config, task)
+    check_memory(config, task, match)
     layer = config.layer | ({match.option: match.value} if match and match.option else {})
     for callback in callbacks:
         layer |= callback.prepare(config, match)
@@ -441,13 +500,25 @@ def example_batch(task: Task, size: int) -> Tensor:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    """`auto` is the first CUDA device if there is one, else the CPU; of several processes, each has a device.
+
+    Raises:
+        ValueError: If there is no such device, or not one for each of torchrun's processes.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f"trainer.device={name}: this machine has no CUDA device; use trainer.device=auto")
-    return device
+    if not distributed.launched():
+        return device
+    here, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > here or (device.index is not None and processes > 1):
+        raise ValueError(
+            f"trainer.device={name}: this machine has {here} CUDA devices and {processes} processes, and each needs "
+            "its own; use trainer.device=auto and torchrun --nproc-per-node=gpu, or trainer.device=cpu"
+        )
+    return device if device.index is not None else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def total_steps(config: TrainConfig, task: Task, steps_per_epoch: float) -> int | None:

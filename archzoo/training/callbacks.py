@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from archzoo.budget import Match
 from archzoo.registry import Registry, get_layer, layer_options
+from archzoo.training import distributed
 from archzoo.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ class Callback:
         """Before the forward pass of step `trainer.step`."""
 
     def after_step(self, trainer: "Trainer") -> None:
-        """After the optimizer's step and `constrain_()`; `trainer.step` counts the step already."""
+        """After the optimizer's step and `constrain_()`; `trainer.step` counts the step already.
+
+        Not after a step that was left out, because its loss or gradients were not finite.
+        """
 
     def on_evaluate(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
         """After an evaluation; what is added to `metrics` is recorded with them."""
@@ -143,8 +147,8 @@ class GridUpdate(Callback):
 
     A module inside one that has the method too is left to that one. The layer keeps its function, but its weights get
     another meaning: the optimizer's moments of them are dropped (L-BFGS: its whole memory), and a moving average of the
-    weights starts again. Where several processes train one model, as under DistributedDataParallel, the inputs are
-    those of rank 0, and so are parameters and buffers behind it.
+    weights starts again. Where several processes train one model, the inputs are the whole batch of them all, as in
+    one process, and parameters and buffers behind it are those of rank 0.
 
     Args:
         every: Steps between updates.
@@ -164,7 +168,7 @@ class GridUpdate(Callback):
             return
         was_training = trainer.model.training
         trainer.model.eval()
-        inputs, updated = _of_rank_0(trainer.inputs), False
+        inputs, updated = distributed.whole_batch(trainer.inputs), False
         with torch.no_grad():
             for layer in list(outermost(trainer.model, "update_grid")):
                 captured: list[Tensor] = []
@@ -173,8 +177,7 @@ class GridUpdate(Callback):
                 hook.remove()
                 if captured:
                     layer.update_grid(captured[0])  # type: ignore[operator]  # a method of this name
-                    for tensor in itertools.chain(layer.parameters(), layer.buffers()):
-                        _of_rank_0(tensor, in_place=True)
+                    distributed.copy_from_rank_0(itertools.chain(layer.parameters(), layer.buffers()))
                     trainer.reset_optimizer_state(layer.parameters())
                     updated = True
         trainer.model.train(was_training)
@@ -341,16 +344,3 @@ def outermost(model: nn.Module, method: str) -> Iterator[nn.Module]:
                 yield from walk(child)
 
     return walk(model)
-
-
-def _of_rank_0(tensor: Tensor, in_place: bool = False) -> Tensor:
-    """The tensor as rank 0 has it, where several processes train together; else as it is."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    if not in_place:  # a batch: its length may differ too
-        shape = torch.tensor(tensor.shape, device=tensor.device)
-        torch.distributed.broadcast(shape, src=0)
-        same = tuple(shape.tolist()) == tuple(tensor.shape)
-        tensor = tensor.clone() if same else tensor.new_empty(shape.tolist())
-    torch.distributed.broadcast(tensor.detach(), src=0)
-    return tensor

@@ -3,40 +3,58 @@
 Nothing that is slow to import is imported before it is needed: `--help` and `--cfg` compose YAML, and no more.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
 import os
+import platform
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from archzoo.names import suggest
+from archzoo.names import suggest, visible
 from archzoo.training.config import (
     RECIPE_GROUPS,
     ConfigError,
     TrainConfig,
     asdict_plain,
     from_plain,
+    process_errors,
     run_id,
     validate,
 )
+from archzoo.training.untrusted import (
+    check_folders,
+    check_hydra,
+    check_launching,
+    check_primary,
+    check_sweep,
+    check_values,
+    hide_secret,
+)
+from archzoo.training.writing import guarded_streams, say
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-    from archzoo.training.progress import Progress
+    from archzoo.training.progress import Progress, SweepProgress
 
-EXIT_FAILED, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED = 1, 2, 3, 5
-IMPORTS = "ARCHZOO_IMPORT"  # modules named by --import, for the processes of a parallel sweep
-RUNS = "ARCHZOO_RUNS"  # number of runs of the sweep, for the same
-STOP = "ARCHZOO_STOP"  # a file that appears when the sweep is to stop, for the same
+EXIT_FAILED, EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_DIVERGED = 1, 2, 3, 4, 5
+PROBE_BYTES = 1 << 16  # a disk with less room takes no record of a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+UNFINISHED = ("failed", "missing", "interrupted", "running")
+# What a job of a launcher, in another process or on another host, finds in its environment.
+IMPORTS = "ARCHZOO_IMPORT"  # modules named by --import
+RUNS = "ARCHZOO_RUNS"  # number of runs of the sweep
+STOP = "ARCHZOO_STOP"  # a file that appears when the sweep is to stop
+LEFT_OUT = "ARCHZOO_LEFT_OUT"  # runs that are not to be trained now
+LOOK_EVERY = 1.0  # seconds between looks for that file, which may be on a network
 
 
 def config_folder() -> Path:
@@ -49,12 +67,39 @@ def config_folder() -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `train.py`; returns the exit code.
 
-    0: all runs are done. 1: some failed. 2: the configuration is wrong. 3: data is missing. 5: some diverged. 130, 143:
-    stopped by SIGINT, SIGTERM.
+    0: all runs are done. 1: some failed. 2: the configuration is wrong. 3: data is missing. 4: checkpoints could not be
+    written or read. 5: some diverged. 130: stopped by SIGINT. 143: by SIGTERM, SIGUSR1 or SIGHUP.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with guarded_streams():
+        try:
+            return _main(argv)
+        except KeyboardInterrupt:  # where nothing is trained yet, or any more
+            return 128 + signal.SIGINT
+
+
+def _main(argv: Sequence[str] | None) -> int:
     began = time.monotonic()
+    plan = prepare(list(sys.argv[1:] if argv is None else argv))
+    if isinstance(plan, int):
+        return plan
+    from archzoo.training import distributed
+
+    if distributed.launched():
+        return _train_together(plan, began)
+    _run_all(plan)
+    return _report(plan, began)
+
+
+def _say(line: str) -> None:
+    """A line on stderr, once where several processes on this machine would say the same."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(visible(line), file=sys.stderr)
+
+
+def prepare(argv: list[str]) -> "Plan | int":
+    """The runs of a command line, checked; an exit code where what is wrong with it, or what it asks for, was shown."""
     try:
+        _check_text(argv)
         argv = _import_modules(argv)
         if (argv[:1] == ["--info"] and argv[1:2] == ["layers"]) or argv == ["--info=layers"]:
             return _print_layers()
@@ -64,16 +109,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             _hydra_main(_without_sweeps(argv))
             return 0
         if len(plan.configs) > 1:
-            print(f"checking {len(plan.configs)} runs, to be in {plan.configs[0].output_dir}", file=sys.stderr)
+            _say(f"checking {len(plan.configs)} runs, to be in {plan.configs[0].output_dir}")
         check(plan)
     except ConfigError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            _say(f"error: {line}")
         return EXIT_CONFIG
     except _data_error() as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_DATA
-    return _train(plan, began)
+    return plan
+
+
+def _check_text(argv: list[str]) -> None:
+    for argument in argv:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            encoding = sys.getfilesystemencoding()
+            raise ConfigError(f"{argument!a}: not text in this locale's encoding, {encoding}; set PYTHONUTF8=1")
 
 
 def _data_error() -> type[Exception]:
@@ -94,7 +146,19 @@ class Plan:
     argv: list[str]
     configs: list[TrainConfig]
     multirun: bool
-    parallel: bool
+    launcher: str = "BasicLauncher"
+    """The launcher's class, dotted."""
+    jobs: list[list[str]] = field(default_factory=list)
+    """What a sweep sets in each run: KEY=VALUE, in the order of the configs."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the runs are trained in other processes."""
+        return not self.launcher.endswith("BasicLauncher")
+
+    def folders(self) -> list[Path]:
+        """The runs' folders."""
+        return [Path(config.output_dir) / run_id(asdict_plain(config)) for config in self.configs]
 
 
 def make_plan(argv: list[str]) -> Plan | None:
@@ -109,38 +173,90 @@ def make_plan(argv: list[str]) -> Plan | None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
+    from archzoo.training.launching import check_installed
+
     args = get_args_parser().parse_args(argv)
-    if args.help or args.hydra_help or args.info or args.shell_completion:
+    for flag in ("config_path", "experimental_rerun"):
+        if value := getattr(args, flag, None):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} {value}: would run what has not been checked; give --config-dir with a "
+                "folder of more files, and settings as KEY=VALUE"
+            )
+    only_shown = bool(args.help or args.hydra_help or args.info or args.shell_completion)
+    borrowed = bool(args.config_dir or args.config_name or any("searchpath" in o for o in args.overrides))
+    if only_shown and not borrowed:
         return None
     parser = OverridesParser.create()
     try:
         overrides = parser.parse_overrides(args.overrides)
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override}: not a setting; write KEY=VALUE, as trainer.steps=500") from error
+        line = hide_secret(str(error.override))
+        raise ConfigError(f"{line}: not a setting; write KEY=VALUE, as trainer.steps=500") from error
+    typed = {o.get_key_element().lstrip("+~") for o in overrides}
+    for group in ("task", "model", "layer", "optimizer", "scheduler", "trainer", "tracker", "experiment", "debug"):
+        for o in overrides:
+            if o.get_key_element() == group and not o.is_sweep_override() and not isinstance(o.value(), str):
+                raise ConfigError(f"{o.input_line}: must be the name of one {group}; leave it out for the usual one")
     if args.config_dir:
+        _check_borrowed_primary(args.config_name, Path(args.config_dir))
         overrides += parser.parse_overrides([f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"])
     folder = config_folder()
     with initialize_config_dir(str(folder), job_name="train", **_version_base()):
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         _store_layers(overrides, folder)
         base = _compose(args.config_name or "train", fixed, folder)
-        if args.cfg:
+        if borrowed:
+            told = [line for line in fixed if line.lstrip("+~").startswith("hydra") and "searchpath" not in line]
+            check_hydra(_unresolved(base.hydra), _unresolved(_compose("train", told, folder).hydra))
+        check_launching(_unresolved(base.hydra))
+        if args.cfg or only_shown:
             return None
         _check_recipes(base.recipes, overrides)
-        params = base.hydra.sweeper.get("params") or {}
-        swept = parser.parse_overrides([f"{k}={v}" for k, v in params.items()]) + overrides
+        params = _unresolved(base.hydra.sweeper).get("params") or {}
+        listed = parser.parse_overrides([f"{k}={v}" for k, v in params.items()])
+        check_sweep([o.get_key_element() for o in listed])
+        swept = listed + overrides
         _store_layers(swept, folder)
         sweeps = [o for o in swept if o.is_sweep_override()]
         multirun = bool(args.multirun or sweeps or str(base.hydra.mode) == "RunMode.MULTIRUN")
         if multirun:
-            jobs: list[list[str]] = BasicSweeper.split_arguments(swept, None)[0]
+            jobs = BasicSweeper.split_arguments(swept, None)[0]
             configs = _compose_jobs(args.config_name or "train", jobs, folder)
         else:
-            configs = [to_config(base)]
+            jobs, configs = [], [to_config(base)]
+    for config in configs:
+        folders = {"output_dir": config.output_dir, "data_dir": config.data_dir}
+        check_folders({key: value for key, value in folders.items() if key not in typed})
     if sweeps and not args.multirun:
         argv = ["--multirun", *argv]
-    parallel = not str(base.hydra.launcher.get("_target_", "")).endswith("BasicLauncher")
-    return Plan(argv, configs, multirun, parallel)
+    launcher = str(base.hydra.launcher.get("_target_", ""))
+    if launcher.endswith(".RayLauncher"):
+        check_installed("ray")
+    return Plan(argv, configs, multirun, launcher, jobs)
+
+
+def _unresolved(node: "DictConfig") -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    return plain
+
+
+def _check_borrowed_primary(name: str | None, folder: Path) -> None:
+    """Checks the file that is composed in the place of train.yaml, for hydra fetches more from where it says."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from omegaconf import DictConfig
+
+    source = FileConfigSource("--config-dir", str(folder.absolute()))
+    if name is None or FileConfigSource("main", str(config_folder())).is_config(name) or not source.is_config(name):
+        return
+    try:
+        config: Any = source.load_config(name).config
+    except Exception as error:  # a file of anyone's
+        raise ConfigError(f"--config-name {name}: cannot be read ({_first_line(error)})") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"--config-name {name}: holds a list; a configuration is a mapping of keys to values")
+    check_primary(f"--config-name {name}", _unresolved(config))
 
 
 def _without_sweeps(argv: list[str]) -> list[str]:
@@ -178,8 +294,9 @@ def _compose_jobs(name: str, jobs: list[list[str]], folder: Path) -> list[TrainC
 
 def _compose(name: str, overrides: list[str], folder: Path) -> "DictConfig":
     from hydra import compose
-    from hydra.errors import ConfigCompositionException, MissingConfigException
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         return compose(name, overrides=overrides, return_hydra_config=True)
@@ -188,12 +305,29 @@ def _compose(name: str, overrides: list[str], folder: Path) -> "DictConfig":
     except ConfigCompositionException as error:
         raise ConfigError(_bad_override(error, overrides, folder)) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+    except (
+        HydraException,
+        YAMLError,
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # of a file of anyone's
+        raise ConfigError(f"configuration: cannot be composed ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _missing_group(error: Any, folder: Path) -> str:
+    from archzoo.training.launching import check_installed
+
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     options = list(error.options or [])
+    if group == "hydra/launcher":
+        check_installed(choice)
     if not group:
         return f"{choice}: there is no such configuration; {suggest(choice, [p.stem for p in folder.glob('*.yaml')])}"
     if group == "layer":
@@ -207,13 +341,17 @@ def _bad_override(error: Exception, overrides: list[str], folder: Path) -> str:
         key = text.split("'")[1]
         line = next((o for o in overrides if o.startswith(f"{key}=")), key)
         wrong, names = _unknown_part(key, overrides, folder)
-        return f"{line}: there is no such key" + (f"; {suggest(wrong, names)}" if names else "")
+        return f"{hide_secret(line)}: there is no such key" + (f"; {suggest(wrong, names)}" if names else "")
+    if "An item is already at '" in text:
+        key = text.split("'")[1]
+        line = next((o for o in overrides if o.startswith(f"+{key}=")), key)
+        return f"{hide_secret(line)}: is there already; write {key}=VALUE, without the plus"
     cause = error.__cause__
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__
     first = str(cause or error).splitlines()[0]
     line = text.splitlines()[0].removeprefix("Error merging override ").removesuffix(":")
-    return f"{line}: {first}" if line != first else first
+    return f"{hide_secret(line)}: {first}" if line != first else first
 
 
 def _unknown_part(key: str, overrides: list[str], folder: Path) -> tuple[str, list[str]]:
@@ -239,9 +377,10 @@ def to_config(composed: "DictConfig") -> TrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    check_values({key: value for key, value in _unresolved(composed).items() if key != "hydra"})
     name = composed.layer.get("name")
     try:
-        recipe = (composed.recipes or {}).get(name) or {}
+        recipe = (isinstance(name, str) and (composed.recipes or {}).get(name)) or {}
         if recipe:
             composed = OmegaConf.merge(composed, recipe)  # type: ignore[assignment]
         plain: dict[str, Any] = {
@@ -293,7 +432,10 @@ def _version_base() -> dict[str, Any]:
 
 
 def _store_schema() -> None:
+    from archzoo.training.launching import register_ray
+
     _store(None, "schema", TrainConfig)
+    register_ray()
 
 
 def _store(group: str | None, name: str, node: Any) -> None:
@@ -358,15 +500,24 @@ def check(plan: Plan) -> None:
     for folder in {Path(config.output_dir) for config in plan.configs}:
         _check_writable(folder)
 
-    from archzoo.training.build import build_task, choose_widths, data_dir, resolve_device, total_steps
+    from archzoo.training.build import build_task, check_memory, choose_widths, data_dir, resolve_device, total_steps
+    from archzoo.training.distributed import launched
     from archzoo.training.run import make_callbacks
 
+    processes = int(os.environ["WORLD_SIZE"]) if launched() else 0
+    if processes and plan.parallel:
+        errors.append(
+            f"hydra/launcher={plan.launcher}: trains each run in a process of its own, and torchrun has started "
+            f"{processes} that train them together; leave out one or the other"
+        )
     for config in distinct:
+        errors += [line for line in process_errors(config, processes) if line not in errors]
         try:
             _check_baseline(config)
             data_dir(config)
             task = build_task(config)
             match = choose_widths(config, task)
+            check_memory(config, task, match)
             for callback in make_callbacks(config):
                 callback.prepare(config, match)
             resolve_device(config.trainer.device)
@@ -407,11 +558,14 @@ def _check_writable(folder: Path) -> None:
                 part.mkdir()
                 made.append(part)
         probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"output_dir={folder}: cannot be written ({error.strerror}); give a folder that can, as "
+            f"output_dir={str(folder)[:200]}: cannot be written ({reason}); give a folder that can, as "
             "output_dir=outputs/mine"
         ) from error
     finally:
@@ -422,12 +576,16 @@ def _check_writable(folder: Path) -> None:
 # ---- running it
 
 _stop_signal: list[int] = []
+_stop_files: list[Path] = []  # of the sweep that this process has started
 _progress: "list[Progress]" = []
+_looked = [0.0, False]  # when the file was last looked for, and whether it was there
 
 
 def should_stop() -> bool:
     """Whether a signal has asked this process, or the one that started the sweep, to stop."""
-    return bool(_stop_signal) or (STOP in os.environ and os.path.exists(os.environ[STOP]))  # noqa: PTH110 - once a step
+    if not _stop_signal and STOP in os.environ and time.monotonic() - _looked[0] > LOOK_EVERY:
+        _looked[:] = time.monotonic(), Path(os.environ[STOP]).exists()
+    return bool(_stop_signal or _looked[1])
 
 
 def _on_signal(number: int, frame: Any) -> None:
@@ -436,36 +594,58 @@ def _on_signal(number: int, frame: Any) -> None:
         os.kill(os.getpid(), number)
         return
     _stop_signal.append(number)
-    if STOP in os.environ:  # a launcher's processes get no signal that was sent to this one
-        Path(os.environ[STOP]).touch()
-    print("stopping after this step; the same command goes on from here (again to stop at once)", file=sys.stderr)
+    for path in _stop_files:  # a launcher's jobs get no signal that was sent to this process
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    say("stopping after this step; the same command goes on from here (again to stop at once)")
 
 
 def run_job(composed: "DictConfig") -> dict[str, Any]:
     """One run of a sweep, in this process or in one of a launcher's. Returns its record."""
-    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
-        importlib.import_module(name)
-    from archzoo.training.progress import SweepProgress
-    from archzoo.training.run import execute, run_name
+    from archzoo.training.launching import saved_before_requeue
 
+    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        sys.path.insert(0, str(Path.cwd())) if _beside(name) else None
+        importlib.import_module(name)
     config = to_config(composed)
     validate(config)
-    if _main_process() and not _stop_signal:
-        progress = _progress[0]
-    else:
-        from hydra.core.hydra_config import HydraConfig
+    if _progress:  # in the main process
+        return _run(config, _progress[0])
+    from hydra.core.hydra_config import HydraConfig
 
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_number, _on_signal)
-        number = int(getattr(HydraConfig.get().job, "num", 0)) + 1
-        progress = SweepProgress(int(os.environ.get(RUNS, number)), bars=False, number=number)
+    from archzoo.training.progress import SweepProgress
+
+    if (run := run_id(asdict_plain(config))) in os.environ.get(LEFT_OUT, "").split(","):
+        return {"run_id": run, "status": "left out"}
+    _looked[:] = 0.0, False
+    number = int(getattr(HydraConfig.get().job, "num", 0)) + 1
+    progress = SweepProgress(int(os.environ.get(RUNS, number)), bars=False, number=number)
+    with _signals(), saved_before_requeue(_on_signal):
+        return _run(config, progress)
+
+
+def _run(config: TrainConfig, progress: "Progress") -> dict[str, Any]:
+    from archzoo.training.run import execute, run_name
+
     if should_stop():
         return {"run_id": run_id(asdict_plain(config)), "name": run_name(config), "status": "interrupted"}
     return execute(config, progress=progress, should_stop=should_stop)
 
 
-def _main_process() -> bool:
-    return bool(_progress)
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Inside, the first signal asks the runs to stop; SLURM warns of its time limit by SIGUSR1, a terminal by SIGHUP.
+
+    These two are left to whom has a use for them, as a launcher or nohup.
+    """
+    ours = [n for n in SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) is signal.SIG_DFL]
+    before = {number: signal.signal(number, _on_signal) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _hydra_main(argv: list[str]) -> None:
@@ -478,45 +658,118 @@ def _hydra_main(argv: list[str]) -> None:
         sys.argv = before
 
 
-def _train(plan: Plan, began: float) -> int:
+def _train_together(plan: Plan, began: float) -> int:
+    """Trains as one of the processes that torchrun has started; rank 0 leads them from run to run, and reports."""
+    from archzoo.training import distributed
+    from archzoo.training.build import resolve_device
+    from archzoo.training.run import execute
+
+    trainer, statuses = plan.configs[0].trainer, []
+    try:
+        with distributed.group(resolve_device(trainer.device), trainer.rank_timeout):
+            leads = distributed.rank() == 0
+            if leads:
+                _run_all(plan)
+                distributed.begin_run()
+                distributed.agree({"status": distributed.END, "error": None})
+            else:
+                with _signals():
+                    for config in plan.configs:
+                        statuses.append(execute(config, should_stop=should_stop)["status"])
+                        if statuses[-1] == distributed.END:
+                            break
+    except distributed.RankLost as lost:
+        distributed.end_process(lost)
+    if leads:
+        return _report(plan, began)
+    if _stop_signal:
+        return _stopped()
+    return EXIT_FAILED if "failed" in statuses else EXIT_DIVERGED if "diverged" in statuses else 0
+
+
+def _run_all(plan: Plan) -> None:
     from archzoo.training.progress import SweepProgress
 
-    os.environ[RUNS] = str(len(plan.configs))
     progress = SweepProgress(len(plan.configs), bars=False if plan.parallel else None)
-    stop_folder = tempfile.TemporaryDirectory() if plan.parallel else None
-    if stop_folder is None:
-        _progress.append(progress)
-    else:
-        os.environ[STOP] = str(Path(stop_folder.name) / "stop")
-    handlers = {n: signal.signal(n, _on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _hydra_main(plan.argv)
+        with _signals():
+            if plan.parallel:
+                _launch(plan, progress)
+            else:
+                _progress.append(progress)
+                _hydra_main(plan.argv)
     finally:
         progress.close()
         _progress.clear()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if stop_folder is not None:
-            del os.environ[STOP]
-            stop_folder.cleanup()
-    return _report(plan, began)
+
+
+def _launch(plan: Plan, progress: "SweepProgress") -> None:
+    """Hands the runs to a launcher's processes; those that it loses do not take the others with them."""
+    from archzoo.training.launching import Watcher, job_environment, settled_jobs
+
+    # Beside the runs, for jobs on other hosts see that folder, and need not see another of this one.
+    stop = Path(plan.configs[0].output_dir).absolute() / f".stop-{platform.node()}-{os.getpid()}"
+    stop.unlink(missing_ok=True)
+    _stop_files.append(stop)
+    told = {IMPORTS: os.environ.get(IMPORTS, ""), RUNS: str(len(plan.configs)), STOP: str(stop)}
+    seen = contextlib.nullcontext() if "joblib" in plan.launcher else Watcher(plan.folders(), progress)
+    before, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR", "0"), "1"  # hydra shall raise, not exit
+
+    def attempt(left_out: set[str]) -> set[str]:
+        """Trains the runs but these; returns those that were going on if the launcher gave up."""
+        try:
+            _hydra_main([*plan.argv, *job_environment(told | {LEFT_OUT: ",".join(sorted(left_out))})])
+        except Exception as error:  # as joblib's, which ends all processes where one is killed
+            print(f"error: the launcher gave up: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+            return set() if _stop_signal else _going_on(plan) - left_out
+        return set()
+
+    try:
+        with settled_jobs(plan.launcher), seen:
+            suspects: set[str] = set()
+            while found := attempt(suspects):
+                suspects |= found
+                print(f"going on without the {len(suspects)} runs that it was training", file=sys.stderr)
+            for suspect in sorted(suspects):  # each by itself: one of them ends its process
+                if not _stop_signal:
+                    attempt({folder.name for folder in plan.folders()} - {suspect})
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
+        _stop_files.clear()
+        stop.unlink(missing_ok=True)
+
+
+def _going_on(plan: Plan) -> set[str]:
+    from archzoo.training.run import read_record
+
+    records = {folder.name: read_record(folder) for folder in plan.folders()}
+    return {run for run, record in records.items() if record and record["status"] == "running"}
 
 
 def _report(plan: Plan, began: float) -> int:
     from archzoo.training.run import read_record
 
-    root = Path(plan.configs[0].output_dir)
-    folders = [root / run_id(asdict_plain(config)) for config in plan.configs]
+    root, folders = Path(plan.configs[0].output_dir), plan.folders()
     records = [read_record(folder) for folder in folders]
     statuses = [record["status"] if record else "missing" for record in records]
     if plan.multirun:
         _print_comparison(root)
     _print_places(root, folders, plan, statuses, time.monotonic() - began)
+    troubles = [record.get("checkpoint_error") if record else None for record in records]
+    for record, trouble in zip(records, troubles, strict=True):
+        if record and trouble:
+            print(f"error: {record['name']}: {trouble}", file=sys.stderr)
     if _stop_signal:
-        return 128 + _stop_signal[0]
-    if any(status in ("failed", "missing", "interrupted", "running") for status in statuses):
+        return _stopped()
+    if not all(trouble for trouble, status in zip(troubles, statuses, strict=True) if status in UNFINISHED):
         return EXIT_FAILED
+    if any(troubles):
+        return EXIT_CHECKPOINT
     return EXIT_DIVERGED if "diverged" in statuses else 0
+
+
+def _stopped() -> int:
+    return 128 + (signal.SIGINT if _stop_signal[0] == signal.SIGINT else signal.SIGTERM)
 
 
 def _print_comparison(root: Path) -> None:

@@ -5,11 +5,12 @@ Nothing here imports torch: `python train.py --help` composes and prints these i
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from archzoo.arguments import described, fits
 from archzoo.names import suggest
 
 
@@ -47,8 +48,13 @@ class TrainerConfig:
     steps: int | None = None
     epochs: float | None = None
     seconds: float | None = None
-    batch_size: int = 64
+    batch_size: Any = 64
+    """A number, or `auto`: the largest that memory allows."""
     accumulate: int = 1
+    checkpoint_activations: bool = False
+    strategy: str = "ddp"
+    rank_timeout: float = 120.0
+    max_bad_steps: int = 10
     clip_grad: float | None = None
     precision: str = "float32"
     compile: bool = False
@@ -58,6 +64,7 @@ class TrainerConfig:
     log_every: int = 20
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    on_save_error: str = "warn"
     device: str = "auto"
     threads: int = 1
     workers: int = 0
@@ -143,12 +150,20 @@ _PARTS: dict[str, type] = {
 
 RECIPE_GROUPS = ("layer", "optimizer", "scheduler", "trainer", "model", "callbacks")
 """What a recipe may set: a layer's options, how it is trained and what is around it, never the task or the budget."""
+MOST_PROCESSES = 1024
+"""Threads or loader processes of a run; more is a slip, and would bring the machine down."""
+STRATEGIES = ("ddp", "fsdp")
+AUTO = "auto"
+"""The batch size that is found out."""
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 SCHEDULERS = ("none", "cosine", "step", "multistep", "poly")
 # What does not change the numbers of a run, and so is not part of its identity.
 NOT_IDENTITY = {
     "": ("name", "output_dir", "data_dir", "tracker", "sweep"),
-    "trainer": ("device", "threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "profile"),
+    "trainer": (
+        *("device", "threads", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "on_save_error"),
+        *("strategy", "rank_timeout", "max_bad_steps", "checkpoint_activations", "profile"),
+    ),
 }
 
 
@@ -167,8 +182,29 @@ def asdict_plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> TrainConfig:
-    """The inverse of `asdict_plain`."""
+    """The inverse of `asdict_plain`.
+
+    Raises:
+        ConfigError: If a key is unknown or a value of another type, as in a record from elsewhere.
+    """
+    errors = list(_type_errors(TrainConfig, plain, ""))
+    if errors:
+        raise ConfigError("\n".join(errors))
     return TrainConfig(**{key: _PARTS[key](**value) if key in _PARTS else value for key, value in plain.items()})
+
+
+def _type_errors(schema: type, plain: Any, prefix: str) -> Iterator[str]:
+    if not isinstance(plain, Mapping):
+        yield f"{prefix.rstrip('.') or 'configuration'}={plain}: must be a mapping of keys to values"
+        return
+    known = {part.name: part.type for part in fields(schema)}
+    for key, value in plain.items():
+        if key not in known:
+            yield f"{prefix}{key}: there is no such key; {suggest(str(key), sorted(known))}"
+        elif key in _PARTS and not prefix:
+            yield from _type_errors(_PARTS[key], value, f"{key}.")
+        elif not fits(value, known[key], finite=False):  # what is infinite, `validate` refuses with what would be right
+            yield f"{prefix}{key}={value}: must be {described(known[key])}"
 
 
 CONTESTANT = "layer"
@@ -220,8 +256,9 @@ def validate(config: TrainConfig) -> None:
 
 def _errors(config: TrainConfig) -> Iterator[str]:
     def number(key: str, value: float | None, low: float, right: str, strict: bool = False) -> Iterator[str]:
-        if value is not None and not (math.isfinite(value) and (value > low if strict else value >= low)):
-            yield f"{key}={value:g}: must be {right}"
+        # No infinity, no NaN, no int that is no float: nothing that is counted or measured here comes near 1e100.
+        if value is not None and not ((value > low if strict else value >= low) and value <= 1e100):
+            yield f"{key}={value if isinstance(value, int) else format(value, 'g')}: must be {right}"
 
     def choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
         if value not in choices:
@@ -231,8 +268,8 @@ def _errors(config: TrainConfig) -> Iterator[str]:
         if not isinstance(getattr(config, group).get("name"), str):
             yield f"{group}.name: missing; choose a {group}, as {group}={_EXAMPLES[group]}"
             return
-    if not config.name or "/" in config.name:
-        yield f"name={config.name!r}: must be a word without slashes, as name=digits"
+    if not re.fullmatch(r"[^\W.][^/]{0,99}", config.name) or not config.name.isprintable():
+        yield f"name={config.name[:100]!r}: must be a word without slashes, of at most 100 characters, as name=digits"
     yield from number("seed", config.seed, 0, "a whole number from 0 up, as seed=0")
 
     o, s, t, b = config.optimizer, config.scheduler, config.trainer, config.budget
@@ -266,16 +303,28 @@ def _errors(config: TrainConfig) -> Iterator[str]:
         yield f"trainer.steps, trainer.epochs, trainer.seconds: exactly one must be set, got {got}; add {drop}"
     for key, value in lengths.items():
         yield from number(f"trainer.{key}", value, 0, f"positive, as trainer.{key}=100", strict=True)
-    for key in ("batch_size", "eval_batch_size", "accumulate", "log_every", "threads", "keep_checkpoints"):
+    if t.batch_size != AUTO:
+        if isinstance(t.batch_size, bool) or not isinstance(t.batch_size, int):
+            yield f"trainer.batch_size={t.batch_size}: must be 1 or more, as trainer.batch_size=64, or auto"
+            return
+        yield from number("trainer.batch_size", t.batch_size, 1, "1 or more, as trainer.batch_size=64, or auto")
+    for key in ("eval_batch_size", "accumulate", "log_every", "threads", "keep_checkpoints"):
         yield from number(f"trainer.{key}", getattr(t, key), 1, f"1 or more, as trainer.{key}=1")
     for key in ("eval_every", "checkpoint_every", "limit_batches", "overfit_batches"):
         yield from number(f"trainer.{key}", getattr(t, key), 1, f"1 or more, or null, as trainer.{key}=100")
+    yield from choice("trainer.strategy", t.strategy, STRATEGIES)
+    yield from number("trainer.max_bad_steps", t.max_bad_steps, 0, "0 or more, as trainer.max_bad_steps=10")
+    yield from number("trainer.rank_timeout", t.rank_timeout, 0, "seconds, as trainer.rank_timeout=120", strict=True)
     yield from number("trainer.workers", t.workers, 0, "0 or more, as trainer.workers=2")
     yield from number("trainer.clip_grad", t.clip_grad, 0, "positive, or null, as trainer.clip_grad=1.0", strict=True)
     yield from choice("trainer.precision", t.precision, PRECISIONS)
+    yield from choice("trainer.on_save_error", t.on_save_error, ("warn", "stop"))
     if t.ema_decay is not None and not 0 < t.ema_decay < 1:
         yield f"trainer.ema_decay={t.ema_decay:g}: must be between 0 and 1, or null, as trainer.ema_decay=0.999"
-    if t.device not in ("auto", "cpu") and t.device.split(":")[0] != "cuda":
+    for key, value in (("threads", t.threads), ("workers", t.workers)):
+        if value > MOST_PROCESSES:
+            yield f"trainer.{key}={value}: must be at most {MOST_PROCESSES}, as trainer.{key}=2"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", t.device):
         yield f"trainer.device={t.device}: must be auto, cpu, cuda or cuda:0"
 
     yield from choice("budget.match", b.match, ("params", "flops", "none"))
@@ -339,7 +388,7 @@ def optimizer_errors(config: TrainConfig) -> Iterator[str]:
     if t.accumulate > 1:
         yield (
             f"trainer.accumulate={t.accumulate}: optimizer lbfgs evaluates one batch many times a step; set "
-            f"trainer.accumulate=1 trainer.batch_size={t.batch_size * t.accumulate}"
+            f"trainer.accumulate=1 trainer.batch_size={AUTO if t.batch_size == AUTO else t.batch_size * t.accumulate}"
         )
     if t.precision == "float16":
         yield (
@@ -387,6 +436,42 @@ def swap_errors(config: TrainConfig) -> Iterator[str]:
 # Each changes a parameter by its own gradients alone.
 ELEMENTWISE = ("adadelta", "adagrad", "adam", "adamax", "adamw", "lion", "momentum", "nadam", "radam", "rmsprop", "sgd")
 RESTRUCTURING = ("grid_refine", "grid_update", "selection_stages", "symbolic_regression")
+
+
+def process_errors(config: TrainConfig, processes: int, examples: int | None = None) -> Iterator[str]:
+    """Settings that do not go with several processes, or with a model that is sharded over them: one line each.
+
+    Args:
+        config: The run's.
+        processes: How many train the model; 0 outside a process group.
+        examples: Of the smallest split.
+    """
+    t = config.trainer
+    if t.batch_size != AUTO and t.batch_size < processes:
+        yield (
+            f"trainer.batch_size={t.batch_size}: is of all {processes} processes together, and each needs a part; set "
+            f"trainer.batch_size={processes} or more"
+        )
+    if examples is not None and examples < processes:
+        yield f"task={config.task['name']}: a split of {examples} examples is too small for {processes} processes"
+    if t.strategy != "fsdp":
+        return
+    if not processes:
+        yield (
+            "trainer.strategy=fsdp: spreads the model over the processes that torchrun starts, and this is a single "
+            "one; start it as torchrun --nproc-per-node=2 train.py, or set trainer.strategy=ddp"
+        )
+    whole = "trainer.strategy=fsdp holds a part of every parameter in each process; set trainer.strategy=ddp"
+    if config.optimizer.name == "lbfgs":
+        yield f"optimizer.name=lbfgs: searches along all parameters at once, and {whole}"
+    if t.precision == "float16":
+        yield f"trainer.precision=float16: its loss scaling wants to see all gradients, and {whole} or bfloat16"
+    if t.ema_decay is not None:
+        yield f"trainer.ema_decay={t.ema_decay:g}: is kept beside the whole model, and {whole}, or ema_decay=null"
+    if config.task.get("seeds", 1) != 1:
+        yield f"task.seeds={config.task['seeds']}: is for small models, and {whole}"
+    for name in sorted(config.callbacks.keys() & set(RESTRUCTURING)):
+        yield f"callbacks.{name}: changes whole parameters, and {whole}"
 
 
 def stacking_errors(config: TrainConfig, seeds: int) -> Iterator[str]:

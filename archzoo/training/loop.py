@@ -5,40 +5,65 @@ constrained after each optimizer step; nothing else is expected of a layer. What
 a callback that refines grids, calls `Trainer.rebuild_optimizer`.
 """
 
+import copy
 import itertools
+import logging
+import math
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.tasks.task import Task
-from archzoo.training.build import Schedule, build_optimizer, carry_over, resolve_device, total_steps
+from archzoo.training import distributed
+from archzoo.training.blocks import recompute
+from archzoo.training.build import (
+    Schedule,
+    build_optimizer,
+    carry_over,
+    example_batch,
+    resolve_device,
+    total_steps,
+)
 from archzoo.training.callbacks import Callback
 from archzoo.training.checkpoint import (
     CheckpointError,
     get_random_state,
     get_state,
+    get_weights,
     set_model_state,
     set_optimizer_state,
     set_random_state,
+    set_weights,
 )
-from archzoo.training.config import ConfigError, TrainConfig, optimizer_errors, stacking_errors
+from archzoo.training.config import (
+    ConfigError,
+    TrainConfig,
+    optimizer_errors,
+    process_errors,
+    stacking_errors,
+)
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
 from archzoo.training.diagnose import Divergence, diagnose
 
+log = logging.getLogger("archzoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more."""
+    """The loss or its gradients are not finite any more."""
 
     def __init__(self, divergence: Divergence):
         super().__init__(str(divergence))
         self.divergence = divergence
+
+
+class _LeftOut(Exception):
+    """Leaves an optimizer's step before it has changed anything."""
 
 
 class Interrupted(Exception):
@@ -47,6 +72,9 @@ class Interrupted(Exception):
 
 class Trainer:
     """Trains one model on one task.
+
+    In a process group each process has a Trainer, with the same arguments but for what is called with its state: the
+    batches of the configuration are of all processes together, and each takes its part of them.
 
     Args:
         config: The run's configuration, validated.
@@ -73,6 +101,9 @@ class Trainer:
         last: Metrics of the last evaluation.
         changed_at: Steps done when the model's structure last changed; None if it never did.
         step_times: Seconds of every step of this process, evaluations and logging left out.
+        bad_steps: Steps that were left out, for their loss or gradients were not finite.
+        bad_in_a_row: Those since the last one that was not.
+        first_bad: The first of those in a row; None if there are none.
     """
 
     def __init__(
@@ -89,14 +120,31 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, spent: None,
     ):
         t = config.trainer
-        if errors := [*optimizer_errors(config), *stacking_errors(config, task.seeds)]:
+        self.rank, self.processes = distributed.rank(), distributed.world_size()
+        sizes = [len(getattr(task, split)) for split in ("train", "val", "test")]
+        wrong = itertools.chain(
+            optimizer_errors(config),
+            stacking_errors(config, task.seeds),
+            process_errors(config, self.processes if distributed.initialized() else 0, min(sizes)),
+        )
+        if errors := list(wrong):
             raise ConfigError("\n".join(errors))
         self.config, self.task, self.callbacks = config, task, list(callbacks)
         self.record, self.record_text = record, record_text
         self.save, self.should_stop, self.progress = save, should_stop, progress
         self.device = resolve_device(t.device)
         self.dtype = torch.float64 if t.precision == "float64" else torch.float32
-        self.model = model.to(self.device, self.dtype)
+        self.sharded = t.strategy == "fsdp" and distributed.initialized()
+        self.model = self._with_shared_statistics(model.to(self.dtype))
+        if t.checkpoint_activations:
+            try:
+                recompute(self.model)
+            except ValueError as error:
+                raise ConfigError(f"trainer.checkpoint_activations=true: {error}") from error
+        if self.sharded:
+            distributed.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         if t.compile:
             self.model.compile()
         self.optimizer = build_optimizer(config.optimizer, self.model)
@@ -104,13 +152,14 @@ class Trainer:
         self.metrics = task.metrics().to(self.device)
         self.restart_average()
 
-        examples = len(task.train)  # type: ignore[arg-type]  # every split has a length
         self.order = BatchOrder(
-            examples,
+            sizes[0],
             t.batch_size,
             seed=config.seed,
             shuffle=not (task.stream or t.overfit_batches),
             batches_per_epoch=t.overfit_batches or t.limit_batches,
+            rank=self.rank,
+            world_size=self.processes,
         )
         self.steps_per_epoch = self.order.batches_per_epoch / t.accumulate
         self.total_steps = total_steps(config, task, self.steps_per_epoch)
@@ -119,6 +168,7 @@ class Trainer:
         self.checkpoint_every = t.checkpoint_every or self.eval_every
 
         self._find_modules()
+        self._spread()
         self.regularization_factor = 1.0
         self.step, self.inputs = 0, torch.empty(0)
         self.elapsed_before, self.started = 0.0, time.perf_counter()
@@ -128,6 +178,11 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.changed_at: int | None = None
         self.step_times = array("d")
+        self.bad_steps = self.bad_in_a_row = 0
+        self.first_bad: Divergence | None = None
+        self._clock = 0.0  # seconds of training at the end of the last step, as all processes have agreed
+        if self.rank:  # as dropout, which is not to be the same in every part of a batch
+            torch.manual_seed(distributed.own_seed(config.seed, 0))
 
     # ---- what is asked of a run while it goes on
 
@@ -154,7 +209,8 @@ class Trainer:
         """Fraction of the training budget that is spent."""
         if self.total_steps is not None:
             return self.step / self.total_steps
-        return min(1.0, self.elapsed() / (self.config.trainer.seconds or 1.0))
+        elapsed = self.elapsed() if self.processes == 1 else self._clock
+        return min(1.0, elapsed / (self.config.trainer.seconds or 1.0))
 
     @property
     def last(self) -> dict[str, float] | None:
@@ -192,22 +248,32 @@ class Trainer:
         A new optimizer of the same configuration goes on at the present learning rate. It keeps the moments of every
         Parameter that is still the same object; L-BFGS, whose memory is of all of them, starts afresh. So does the
         moving average, as a copy of the model, and so does the search for the best evaluation: weights from before
-        the change do not fit the model any more. Evaluations from before stay in `evaluations`.
-
-        Raises:
-            ValueError: If the model is wrapped in DistributedDataParallel, which goes on with the old parameters.
+        the change do not fit the model any more. Evaluations from before stay in `evaluations`. Where several
+        processes train the model, parameters and buffers become those of rank 0.
         """
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "model: DistributedDataParallel reduces the gradients of the parameters it was built with; a model "
-                "that changes its structure cannot be wrapped in it"
-            )
         old, self.optimizer = self.optimizer, build_optimizer(self.config.optimizer, self.model)
         self.schedule = self._schedule()
         carry_over(old, self.optimizer)
         self._find_modules()
+        self._spread()
         self.restart_average()
         self.best, self.best_weights, self.changed_at = None, {}, self.step
+
+    def _with_shared_statistics(self, model: nn.Module) -> nn.Module:
+        """On GPUs, has batch norms take their statistics over all processes; torch cannot on CPUs, and it is said."""
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        if self.processes == 1 or not norms:
+            return model
+        if self.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        log.warning("batch norm: on CPUs, its statistics are of each process's part of a batch")
+        return model
+
+    def _spread(self) -> None:
+        """Readies the loss for its gradients to be averaged, where several processes train the model."""
+        self.objective: Callable[[Tensor], Tensor] = self._loss
+        if self.processes > 1 and not self.sharded:
+            self.objective = distributed.replicate(self.model, self._loss)
 
     def _schedule(self) -> Schedule:
         return Schedule(self.config.scheduler, self.optimizer, self.total_steps or 1000)
@@ -219,17 +285,21 @@ class Trainer:
     def _find_modules(self) -> None:
         self.regularized = [m for m in self.model.modules() if callable(getattr(m, "regularization_loss", None))]
         self.constrained = [m for m in self.model.modules() if callable(getattr(m, "constrain_", None))]
+        self.has_complex = any(p.is_complex() for p in self.model.parameters())
 
     # ---- the loop
 
     def fit(self) -> None:
         """Trains until the budget is spent.
 
+        A step whose loss or gradients are not finite is left out: it counts, and changes nothing. Whatever is saved
+        has finite parameters.
+
         Raises:
-            Diverged: When the loss is not finite.
+            Diverged: After `trainer.max_bad_steps` of these in a row, or half of a run that is shorter.
             Interrupted: When `should_stop` said so; the state is saved.
         """
-        log_every = self.config.trainer.log_every
+        log_every, most_bad = self.config.trainer.log_every, self._most_bad_steps()
         for callback in self.callbacks:
             callback.on_start(self)
         batches = self._batches()
@@ -239,17 +309,25 @@ class Trainer:
             began = time.perf_counter()
             loss = self._train_step(batches)
             self.step_times.append(time.perf_counter() - began)
+            if most_bad and self.bad_in_a_row >= most_bad and self.first_bad is not None:
+                raise Diverged(self.first_bad)
+            stop = self.should_stop()
+            if self.processes > 1:
+                asked, self._clock = distributed.exchange(stop, self.elapsed())
+                stop = bool(asked)
             self.progress(self.step, self.spent())
             if self.step % log_every == 0 or self._done():
-                self._check_finite(loss := float(loss))
+                loss = float(loss)
+                if not most_bad:
+                    self._check_finite(loss)
                 self._log({"train/loss": loss, "lr": self.optimizer.param_groups[0]["lr"]})
             evaluate = self.step % self.eval_every == 0 or self._done()
             if evaluate:
                 with self._aside():
                     metrics = self._evaluate()
                 self._log(metrics)
-            stop = self.should_stop()
-            if stop or self.step % self.checkpoint_every == 0 or (evaluate and self._done()):
+            due = stop or self.step % self.checkpoint_every == 0 or (evaluate and self._done())
+            if due and self._is_sound():
                 with self._aside():
                     self.save(self)
             if stop and not self._done():
@@ -263,9 +341,13 @@ class Trainer:
             callback.before_step(self)
         searches = isinstance(self.optimizer, torch.optim.LBFGS)
         total = self._search_step(batches) if searches else self._gradient_step(batches)
+        if self.bad_in_a_row:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            return total
         self.optimizer.zero_grad(set_to_none=True)
-        for module in self.constrained:
-            module.constrain_()  # type: ignore[operator]
+        if self.constrained:
+            self._constrain()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -273,30 +355,108 @@ class Trainer:
             callback.after_step(self)
         return total
 
+    def _constrain(self) -> None:
+        with distributed.whole_parameters(self.constrained) if self.sharded else nullcontext():
+            for module in self.constrained:
+                module.constrain_()  # type: ignore[operator]
+
     def _gradient_step(self, batches: Iterator[Any]) -> Tensor | float:
         accumulate, clip = self.config.trainer.accumulate, self.config.trainer.clip_grad
         total: Tensor | float = 0.0
-        for _ in range(accumulate):
+        for left in reversed(range(accumulate)):
             self.inputs, targets = self._to_device(next(batches))
-            loss = self._loss(targets)
-            if accumulate > 1:
-                loss = loss / accumulate
-            if self.device.type == "cpu":  # on a GPU, reading the loss would wait for it: there it is read when logged
-                self._check_finite(value := loss.item())
-                total += value
-            else:
-                total = total + loss.detach()
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            with self._averaging(now=left == 0):
+                loss = self.objective(targets)
+                if accumulate > 1:
+                    loss = loss / accumulate
+                if self.processes > 1:
+                    loss = loss * self._share()
+                # On a GPU, reading the loss would wait for it: there it is read when logged.
+                total = total + (loss.item() if self.device.type == "cpu" else loss.detach())
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.processes > 1:
+            total = distributed.mean(total)
+        norm: Tensor | None = None
         if clip is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if self._is_bad(total, norm):
+            return total
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return total
+
+    def _averaging(self, now: bool) -> Any:
+        """Where several processes train: whether the gradients of a batch are averaged, or wait for those of others."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]  # a method of what is sharded
+        elif not now and isinstance(self.objective, nn.parallel.DistributedDataParallel):
+            return self.objective.no_sync()
+        return nullcontext()
+
+    def _share(self) -> float:
+        """What this process's mean over its part of a batch counts in the mean over processes."""
+        return len(self.inputs) * self.processes / min(self.order.batch_size, self.order.examples)
+
+    def _is_bad(self, loss: Tensor | float, norm: Tensor | None = None) -> bool:
+        """Whether the loss or its gradients are not finite; counts it, and finds out where.
+
+        A loss that is still on a GPU is not looked at: gradients of a loss that is not finite are not either.
+        """
+        if not self.config.trainer.max_bad_steps:
+            if isinstance(loss, float):
+                self._check_finite(loss)
+            return False
+        bad = isinstance(loss, float) and not math.isfinite(loss)
+        if not bad and self.scaler is None:  # what scales the loss leaves out steps by itself, and lowers the scale
+            bad = not self._gradients_are_finite(norm)
+        if not bad:
+            self.bad_in_a_row, self.first_bad = 0, None
+            return False
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        if self.first_bad is None:
+            self.first_bad = diagnose(self, float(loss))
+            log.warning("%s; this step is left out", self.first_bad)
+        return True
+
+    def _most_bad_steps(self) -> int:
+        """How many bad steps in a row end the run; 0: they are not looked for."""
+        asked = self.config.trainer.max_bad_steps
+        return asked if self.total_steps is None else min(asked, max(1, self.total_steps // 2))
+
+    def _gradients_are_finite(self, norm: Tensor | None) -> bool:
+        if norm is not None:
+            return math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.sharded:
+            grads = [g.to_local() for g in grads]
+        if self.has_complex:
+            grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+        found, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+        # What torch's own GradScaler calls: one operator over all gradients, which it multiplies by one.
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, one)
+        return not (distributed.exchange(found.item())[0] if self.sharded else found.item())
+
+    def _is_sound(self) -> bool:
+        """Whether the state may be saved: parameters are finite, and the last step was not left out.
+
+        The next step decides on parameters that something else than a step has changed.
+        """
+        bad = self.bad_in_a_row > 0 or not all(torch.isfinite(p).all() for p in self._own_parameters())
+        if self.processes > 1:
+            bad = bool(distributed.exchange(bad)[0])
+        if bad:
+            log.warning("no checkpoint at step %d: loss, gradients or parameters are not finite", self.step)
+        return not bad
+
+    def _own_parameters(self) -> Iterator[Tensor]:
+        parameters: Iterator[Any] = self.model.parameters()
+        return (p.to_local() if self.sharded else p for p in parameters)
 
     def _search_step(self, batches: Iterator[Any]) -> float:
         """A step of L-BFGS, whose line searches evaluate one batch many times. Returns the loss that it began with."""
@@ -311,14 +471,18 @@ class Trainer:
                 if generators[1] is not None:
                     torch.cuda.set_rng_state(generators[1], self.device)
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(targets)
-            values.append(loss.item())
-            if len(values) == 1:  # where a search tries is its own affair
-                self._check_finite(values[0])
+            loss = self.objective(targets)
+            if self.processes > 1:
+                loss = loss * self._share()
             loss.backward()
-            return loss.detach()
+            whole = distributed.mean(loss.detach())
+            values.append(whole.item())
+            if len(values) == 1 and self._is_bad(values[0]):  # where a search tries is its own affair
+                raise _LeftOut
+            return whole
 
-        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's own hint says float, and its code takes both
+        with suppress(_LeftOut):
+            self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's hint says float, and its code takes both
         return values[0]
 
     def _loss(self, targets: Tensor) -> Tensor:
@@ -365,17 +529,25 @@ class Trainer:
         metrics.reset()
         was_training = model.training
         model.eval()
+        distributed.copy_from_rank_0(model.buffers())  # as running statistics, which each process has of its own part
+        parts = {"rank": self.rank, "world_size": self.processes}
         if t.overfit_batches:  # the question is whether these batches can be fitted at all
-            order = BatchOrder(self.order.examples, t.batch_size, seed=0, shuffle=False)
+            order = BatchOrder(self.order.examples, t.batch_size, seed=0, shuffle=False, **parts)
             batches: Iterator[Any] = train_batches(self.task, self.task.train, order, workers=0)
             batches = itertools.islice(batches, t.overfit_batches)
         else:
-            batches = eval_batches(self.task, getattr(self.task, split), t.eval_batch_size, t.limit_batches)
+            batches = eval_batches(self.task, getattr(self.task, split), t.eval_batch_size, t.limit_batches, **parts)
+        done = 0
         for batch in batches:
             inputs, targets = self._to_device(batch)
             with self._autocast():
                 output = model(inputs)
             metrics.update(output.to(self.dtype), targets)
+            done += 1
+        if self.sharded:  # every process gathers the parameters as often as the one that has the most batches
+            for _ in range(done, int(distributed.exchange(done)[0])):
+                model(self._move(example_batch(self.task, 1)))
+            distributed.reshard(model)
         model.train(was_training)
         return {f"{split}/{key}": float(value) for key, value in metrics.compute().items()}
 
@@ -387,10 +559,22 @@ class Trainer:
             callback.on_evaluate(self, metrics)
         key, sign = f"val/{self.task.score}", 1 if self.task.mode == "max" else -1
         self.evaluations.append({"step": float(self.step), **metrics})
-        if self.best is None or sign * metrics[key] > sign * self.best[key]:  # never true of a NaN
+        finite = math.isfinite(metrics[key])
+        if finite and (self.best is None or sign * metrics[key] > sign * self.best[key]):
             self.best = self.evaluations[-1]
-            self.best_weights = {k: v.detach().cpu().clone() for k, v in self.eval_model.state_dict().items()}
+            self.best_weights = get_weights(self.eval_model, self.sharded)
         return metrics
+
+    def test(self) -> tuple[dict[str, float], nn.Module, dict[str, Tensor]]:
+        """Evaluates the weights of the best evaluation, if there is one, on the test split. Training must be over.
+
+        Returns:
+            The metrics; the model, a copy unless it is sharded; its weights, of a sharded model in rank 0 only.
+        """
+        final = self.eval_model if self.sharded else copy.deepcopy(self.eval_model)
+        if self.best is not None:
+            set_weights(final, self.best_weights, self.sharded)
+        return self.evaluate("test", final), final, get_weights(final, self.sharded)
 
     def _log(self, metrics: dict[str, float]) -> None:
         epoch = self.step / self.steps_per_epoch
@@ -399,30 +583,46 @@ class Trainer:
     # ---- what a checkpoint holds
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything that is needed to go on bit for bit: tensors by file, and plain JSON."""
+        """Everything that is needed to go on bit for bit: tensors by file, and plain JSON.
+
+        All processes of a group must ask for it; what rank 0 gets is the whole.
+        """
         training, numbers = get_state(self.model, self.optimizer)
         tensors = {"training": training, "best": self.best_weights}
         if self.ema is not None:
             tensors["ema"] = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
+        random = distributed.collect(get_random_state())
         state = {
             "elapsed_s": self.elapsed(),
             "aside_s": self.aside,
             "evaluations": self.evaluations,
             "best": self.best,
             "changed_at": self.changed_at,
+            "bad_steps": self.bad_steps,
             "optimizer": numbers,
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
-            "random": get_random_state(),
+            "random": random[0] if random else {},
             "callbacks": [c.state_dict() for c in self.callbacks],
         }
+        if self.processes > 1:
+            state |= {"processes": self.processes, "random_of_ranks": random}
         return tensors, state
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Takes up what `state` returned.
+        """Takes up what `state` returned to rank 0, also at another number of processes.
+
+        With as many as before, a run goes on bit for bit. With others, batches are the same and are divided otherwise,
+        and what a process draws, as dropout, begins anew.
+
+        Args:
+            tensors: Of rank 0; the other processes' does not count.
+            state: The same in all processes.
 
         Raises:
             CheckpointError: If it is of another model, optimizer or set of callbacks.
         """
+        if not self.sharded:
+            tensors = distributed.share_tensors(tensors)
         if self.ema is not None and "ema" not in tensors:
             raise CheckpointError("the checkpoint has no moving average, and trainer.ema_decay is set")
         if len(state["callbacks"]) != len(self.callbacks):
@@ -431,17 +631,23 @@ class Trainer:
         built = self._parameters()
         for callback, callback_state in callback_states:
             callback.restore(self.model, callback_state)
-        set_model_state(self.model, tensors["training"])
+        set_model_state(self.model, tensors.get("training", {}), self.sharded)
         if self._parameters() != built:  # replaced or frozen, by a callback or by a layer as it was loaded
             self.rebuild_optimizer()
-        set_optimizer_state(self.model, self.optimizer, tensors["training"], state["optimizer"])
+        training = tensors.get("training", {})
+        set_optimizer_state(self.model, self.optimizer, training, state["optimizer"], self.sharded)
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
         self.step, self.elapsed_before = int(state["step"]), float(state["elapsed_s"])
-        self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors["best"]
+        self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors.get("best", {})
         self.changed_at, self.aside = state.get("changed_at"), float(state.get("aside_s", 0.0))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         for callback, callback_state in callback_states:
             callback.load_state_dict(callback_state)
-        set_random_state(state["random"])
+        self.bad_steps, self._clock = state.get("bad_steps", 0), self.elapsed_before
+        if (before := state.get("processes", 1)) == self.processes:
+            set_random_state(state["random"] if self.processes == 1 else state["random_of_ranks"][self.rank])
+        else:
+            log.info("processes: it was trained by %d and is by %d now; dropout begins anew", before, self.processes)
+            torch.manual_seed(distributed.own_seed(self.config.seed, self.step))

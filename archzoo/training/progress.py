@@ -6,6 +6,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from archzoo.names import visible
+
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 DRAW_EVERY = 0.25  # seconds between redraws of the bars
 
@@ -21,6 +23,9 @@ class Progress:
 
     def update_run(self, step: int, spent: float) -> None:
         """A step is done, and with it a fraction of the run's budget."""
+
+    def warn(self, text: str) -> None:
+        """The run goes on, and something is not as it should be."""
 
     def end_run(self, record: Mapping[str, Any]) -> None:
         """A run has ended, whichever way."""
@@ -57,13 +62,13 @@ class SweepProgress(Progress):
         self.began, self.trained_before = time.monotonic(), 0.0
         self.run_began = self.drawn = self.began
         self.done_here, self.label = 0, ""
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.bars: Bars | None = None
         if self.console.is_terminal if bars is None else bars:
             self.bars = Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self.console,
                 auto_refresh=False,  # no thread beside the training: it is redrawn from the loop
             )
@@ -106,6 +111,10 @@ class SweepProgress(Progress):
             self._say(f"{note}, {left} left in all")
 
     @override
+    def warn(self, text: str) -> None:
+        self._say(f"warning: {text}")
+
+    @override
     def end_run(self, record: Mapping[str, Any]) -> None:
         self.done_here += 1
         self._say(outcome(record))
@@ -122,9 +131,14 @@ class SweepProgress(Progress):
     def _count(self) -> str:
         return f"{self.number} of {self.total}"
 
-    def _say(self, text: str) -> None:
+    def say(self, number: int, label: str, text: str) -> None:
+        """Prints a line on a run."""
         width = len(str(self.total))
-        self.console.print(f"run {self.number:{width}} of {self.total}  {self.label:<24} {text}", soft_wrap=True)
+        line = f"run {number:{width}} of {self.total}  {label:<24} {text}"
+        self.console.print(visible(line), soft_wrap=True)
+
+    def _say(self, text: str) -> None:
+        self.say(self.number, self.label, text)
 
     def _left(self, now: float, spent: float) -> str:
         """Time left, if the other runs take as long as those so far."""

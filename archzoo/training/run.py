@@ -27,31 +27,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from archzoo._version import __version__
+from archzoo.arguments import check_types
 from archzoo.budget import Match
-from archzoo.tasks.task import DatasetError
-from archzoo.training.build import build_model, build_task
+from archzoo.tasks.task import DatasetError, SampleError, Task
+from archzoo.training import distributed
+from archzoo.training.build import build_model, build_task, resolve_device
 from archzoo.training.callbacks import Callback
 from archzoo.training.callbacks import callbacks as callback_registry
 from archzoo.training.checkpoint import (
     CheckpointError,
+    SaveError,
     list_checkpoints,
-    load_checkpoint,
+    load_tensors,
     pack_tensors,
     replace_file,
-    save_checkpoint,
-    sweep_partial,
 )
-from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, contestant, from_plain, run_id
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, contestant, from_plain, run_id, validate
 from archzoo.training.cost import batch_size, cost_record
 from archzoo.training.loop import Diverged, Interrupted, Trainer
+from archzoo.training.memory import is_out_of_memory, out_of_memory, reset_peak, resident, resolve_batch_size
 from archzoo.training.pictures import draw_pictures
 from archzoo.training.progress import Progress
+from archzoo.training.saving import Saver, follow, resume
 from archzoo.training.trackers import Trackers
+from archzoo.training.untrusted import check_values
+from archzoo.training.writing import NO_ROOM, Lines, LogFile, Told
 
 log = logging.getLogger("archzoo")
 FORMAT = 1
@@ -60,6 +63,18 @@ FINISHED = ("done", "failed", "diverged")
 
 class Locked(RuntimeError):
     """Another process is writing this run."""
+
+
+_locks: set[int] = set()
+
+
+def _leave_locks() -> None:
+    """A loader's worker that outlives a killed run by some seconds must not keep its lock."""
+    for handle in _locks:
+        os.close(handle)
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 class RunFolder:
@@ -84,18 +99,25 @@ class RunFolder:
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._lock, 32).decode(errors="replace").strip()
+        except BlockingIOError:
+            holder = os.read(self._lock, 32).decode(errors="replace").strip() or "of another machine"
             os.close(self._lock)
             self._lock = None
             raise Locked(f"{self.path}: process {holder} is writing this run") from None
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise Locked(f"{self.path / 'lock'}: cannot be locked ({error.strerror})") from error
+        _locks.add(self._lock)
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # on a full disk; it is only told
+            os.write(self._lock, str(os.getpid()).encode())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
+            _locks.discard(self._lock)
             os.close(self._lock)  # the kernel drops the lock, also of a process that was killed
             self._lock = None
 
@@ -111,8 +133,11 @@ class RunFolder:
         """Tells a run that is not trained again what the report goes by now, and the run does not."""
         asked = {key: self.config["sweep"][key] for key in ("tune", "baseline")}
         sweep = record["config"].setdefault("sweep", {})
-        if any((sweep.get(key) or None) != (value or None) for key, value in asked.items()):
+        changed = any((sweep.get(key) or None) != (value or None) for key, value in asked.items())
+        if changed or (record["status"] == "done" and record.get("checkpoint_error")):
             sweep |= asked
+            if record["status"] == "done":  # what it could not save on its way has been told, and is of no use now
+                record["checkpoint_error"] = None
             self.write_record(record)
 
     def clear(self) -> None:
@@ -158,11 +183,18 @@ def execute(
     """Trains a run, or takes it up where it was cut off, or returns its record if it is done.
 
     Never raises for what goes wrong inside the run: that is its record's `status` and `error`, and the other runs of a
-    sweep go on.
+    sweep go on. In a process group that `distributed.group` has joined, every process calls this, with the same
+    configuration; rank 0 alone writes.
 
     Returns:
-        The record, as in run.json.
+        The record, as in run.json; its `status` and `error` only, in the other processes of a group.
+
+    Raises:
+        RankLost: If another process of the group has died, or this one has failed alone.
     """
+    distributed.begin_run()
+    if distributed.rank() > 0:
+        return _follow(config, should_stop)
     progress = progress or Progress()
     folder = RunFolder(Path(config.output_dir), config)
     try:
@@ -171,15 +203,60 @@ def execute(
             again = config.sweep.retry_failed and before and before["status"] in ("failed", "diverged")
             if before and before["status"] in FINISHED and not again:
                 folder.retell(before)
-                progress.skip_run(before)
-                return before
-            if again:
+                return _skip(before, progress)
+            if before and again and not before.get("resumable"):
                 folder.clear()
-            return _execute(config, folder, progress, should_stop)
+            return _execute(copy.deepcopy(config), folder, before, progress, should_stop)
     except Locked as error:
-        record = {"run_id": folder.id, "name": run_name(config), "status": "locked", "error": str(error)}
-        progress.skip_run(record)
-        return record
+        return _skip(_brief(config, "locked", str(error)), progress)
+    except OSError as error:  # of the folder itself: of all else the record tells
+        told = f"{error.filename or folder.path}: cannot be written ({error.strerror})"
+        return _skip(_brief(config, "failed", told), progress)
+
+
+def _skip(record: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    distributed.agree({"status": record["status"], "error": record.get("error")})
+    progress.skip_run(record)
+    return record
+
+
+def _brief(config: TrainConfig, status: str, error: str | None) -> dict[str, Any]:
+    return {"run_id": run_id(asdict_plain(config)), "name": run_name(config), "status": status, "error": error}
+
+
+def _follow(config: TrainConfig, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """The part in a run of a process other than rank 0, which writes nothing."""
+    if (skipped := distributed.agree(None, should_stop)) is not None:
+        return _brief(config, skipped["status"], skipped["error"])
+    record, config = _brief(config, "done", None), copy.deepcopy(config)
+    try:
+        with _reproducible(config):
+            task, made, (model, _) = _build(config)
+            known = distributed.agree(None, should_stop)
+            resolve_batch_size(config, task, model, resolve_device(config.trainer.device), known)
+            distributed.agree(None, should_stop)
+            trainer = Trainer(config, task, model, made, should_stop=should_stop, save=_give_state)
+            follow(trainer)
+            trainer.fit()
+            trainer.test()
+    except Interrupted:
+        record["status"] = "interrupted"
+    except Diverged as error:
+        record |= {"status": "diverged", "error": str(error)}
+    except Exception as error:  # of any kind, as in rank 0
+        record |= {"status": "failed", "error": distributed.told_error() or str(error)}
+        distributed.end_together(error)
+    return record
+
+
+def _give_state(trainer: Trainer) -> None:
+    """Takes part in a checkpoint, which rank 0 writes."""
+    trainer.state()
+
+
+def _build(config: TrainConfig) -> tuple[Task, list[Callback], tuple[nn.Module, Match | None]]:
+    task, made = build_task(config), make_callbacks(config)
+    return task, made, build_model(config, task, made)
 
 
 def run_name(config: TrainConfig) -> str:
@@ -188,58 +265,99 @@ def run_name(config: TrainConfig) -> str:
 
 
 def _execute(
-    config: TrainConfig, folder: RunFolder, progress: Progress, should_stop: Callable[[], bool]
+    config: TrainConfig,
+    folder: RunFolder,
+    before: dict[str, Any] | None,
+    progress: Progress,
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     record = _new_record(config, folder)
-    handler = logging.FileHandler(folder.path / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    handlers = [LogFile(folder.path / "log.txt"), Told(progress.warn)]
+    for handler in handlers:
+        log.addHandler(handler)
     log.setLevel(logging.INFO)
+    about = {"run_id": folder.id, "config": folder.config, "git": record["git"]}
+    saver = Saver(folder.path, about, config.trainer.on_save_error, config.trainer.keep_checkpoints)
     trackers: Trackers | None = None
+    lost: distributed.RankLost | None = None
     progress.start_run(record)
     try:
+        distributed.agree(None)
         _write_config(folder)
         folder.write_record(record)
         with _reproducible(config):
-            task = build_task(config)
-            made = make_callbacks(config)
-            model, match = build_model(config, task, made)
+            task, made, (model, match) = _build(config)
+            known = (before or {}).get("batch_size") if list_checkpoints(folder.checkpoints) else None
+            distributed.agree(known)
+            resolve_batch_size(config, task, model, resolve_device(config.trainer.device), known)
+            record["batch_size"] = config.trainer.batch_size
             if match is not None:
                 record["budget"] = _budget_record(config, match)
             record |= cost_record(config, task, model)
+            record["processes"] = distributed.world_size()
+            distributed.agree(None)  # the others wait for what may have taken long
             trainer = Trainer(config, task, model, made, should_stop=should_stop, progress=progress.update_run)
-            _resume(trainer, folder)
+            resume(trainer, folder.path, folder.id)
             record["device"] = str(trainer.device)
             folder.write_record(record)
             trackers = Trackers(config.tracker, folder.path, record, folder.history(), folder.texts())
-            with _metrics_writer(folder, trackers) as write:
-                trainer.record = write
-                trainer.record_text = _text_writer(folder, trackers)
-                trainer.save = lambda t: _save(t, folder, config.trainer.keep_checkpoints)
+            with _recording(trainer, folder, trackers) as metrics:
+                trainer.save = lambda t: saver.save(t, metrics)
                 anomaly = torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly)
                 with _profiler(config, folder, trainer), anomaly:
-                    trainer.fit()
+                    _fit(trainer, folder)
             _finish(trainer, folder, record, trackers)
     except Interrupted:
         record["status"] = "interrupted"
     except Diverged as error:
         record |= {"status": "diverged", "error": str(error), "diverged": error.divergence.record()}
         log.error("diverged: %s", error)
+    except SaveError as error:
+        record |= {"status": "interrupted", "error": str(error), "checkpoint_error": str(error)}
+        log.error("stopped: %s", error)
+        lost = _lost(error)
     except Exception as error:  # whatever a run does wrong is its own affair: the sweep goes on
         first = f"{type(error).__name__}: {error}" if not isinstance(error, ConfigError | DatasetError) else str(error)
-        record |= {"status": "failed", "error": first}
+        record |= {"status": "failed", "error": first, "resumable": isinstance(error, DatasetError)}
+        if isinstance(error, CheckpointError):
+            record |= {"error": str(error), "checkpoint_error": str(error)}
+        elif isinstance(error, OSError) and error.errno in NO_ROOM:
+            told = f"{error.filename or folder.path}: cannot be written ({error.strerror}); the same command goes on"
+            record |= {"status": "interrupted", "error": told, "checkpoint_error": told}
+        elif is_out_of_memory(error):
+            device = resolve_device(config.trainer.device)
+            record["error"] = first = out_of_memory(config, record["batch_size"], device)
         log.error("failed: %s\n%s", first, traceback.format_exc())
+        lost = _lost(error)
+        if lost is not None and lost.of_another:  # the error here comes of the other's end; without one, this can go on
+            record |= {"status": "failed" if lost.told else "interrupted", "error": lost.reason}
     finally:
         record["ended"] = _now()
+        record["checkpoint_error"] = record["checkpoint_error"] or saver.error
         if record["status"] == "running":  # a second signal: leave things as a kill would
             record["status"] = "interrupted"
-        folder.write_record(record)
+        try:
+            folder.write_record(record)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", folder.path / "run.json", error.strerror)
         if trackers is not None:
             trackers.finish(record)
-        log.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
         progress.end_run(record)
+    if lost is not None:
+        raise lost
     return record
+
+
+def _lost(error: Exception) -> distributed.RankLost | None:
+    """What ends this process beside the run, if the other processes of its group do not come to an error too."""
+    try:
+        distributed.end_together(error)
+    except distributed.RankLost as lost:
+        return lost
+    return None
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -257,20 +375,24 @@ def load_model(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     record = read_record(folder)
-    if record is None or record["status"] != "done":
-        status = "no run.json" if record is None else f"status {record['status']}"
+    if record is None or record.get("status") != "done":
+        status = "no run.json" if record is None else f"status {record.get('status')}"
         raise CheckpointError(f"{folder}: {status}; only a run that is done has a model")
-    config = from_plain(record["config"])
+    tensors = load_tensors(folder / "model.safetensors")
+    check_values(record.get("config") or {})  # it may be a stranger's
+    config = from_plain(record.get("config") or {})
+    validate(config)
     made = make_callbacks(config)
-    model, _ = build_model(config, build_task(config), made)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, only to be replaced
+        model, _ = build_model(config, build_task(config), made)
     model = model.to(torch.float64 if config.trainer.precision == "float64" else torch.float32)
     states = (record.get("structure") or {}).get("callbacks", {})
-    for name, callback in zip(config.callbacks, made, strict=True):
-        if name in states:
-            callback.restore(model, states[name])
     try:
-        model.load_state_dict(load_safetensors((folder / "model.safetensors").read_bytes()))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        for name, callback in zip(config.callbacks, made, strict=True):
+            if name in states:
+                callback.restore(model, states[name])
+        model.load_state_dict(tensors)
+    except Exception as error:  # a structure or weights that no run of this configuration has
         raise CheckpointError(f"{folder / 'model.safetensors'}: cannot be loaded ({error})") from error
     return model.eval()
 
@@ -280,71 +402,47 @@ def make_callbacks(config: TrainConfig) -> list[Callback]:
     made = []
     for name, options in config.callbacks.items():
         try:
+            check_types(callback_registry.get(name), options or {})
             made.append(callback_registry.create(name, **(options or {})))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"callbacks.{name}={options}: {error}") from error
     return made
 
 
-def _resume(trainer: Trainer, folder: RunFolder) -> None:
-    """Takes up the newest checkpoint that is sound, and drops the metrics that were logged after it."""
-    sweep_partial(folder.checkpoints)
-    for path in list_checkpoints(folder.checkpoints):
-        try:
-            tensors, state = load_checkpoint(path)
-        except CheckpointError as error:
-            log.warning("this checkpoint is not used: %s", error)
-            continue
-        trainer.load_state(tensors, state)
-        os.truncate(folder.metrics, state["metrics_bytes"])
-        _drop_texts(folder, trainer.step)
-        log.info("resumed from %s", path.name)
-        return
-    folder.metrics.unlink(missing_ok=True)
-    folder.samples.unlink(missing_ok=True)
-
-
-def _drop_texts(folder: RunFolder, step: int) -> None:
-    """Drops the texts that were written after a step: they are written again."""
-    if folder.samples.exists():
-        kept = [line for line in folder.texts() if line["step"] <= step]
-        replace_file(folder.samples, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-def _text_writer(folder: RunFolder, trackers: Trackers) -> Callable[[dict[str, Any]], None]:
-    def write(line: dict[str, Any]) -> None:
-        with folder.samples.open("a") as file:  # few lines, and a run without a text has no such file
-            file.write(json.dumps(line) + "\n")
-        trackers.log_text(line)
-
-    return write
-
-
 @contextlib.contextmanager
-def _metrics_writer(folder: RunFolder, trackers: Trackers) -> Iterator[Callable[[dict[str, float]], None]]:
-    with folder.metrics.open("a") as file:
+def _recording(trainer: Trainer, folder: RunFolder, trackers: Trackers) -> Iterator[Lines]:
+    """Inside, what the trainer records goes to files and mirrors. Gives the file of metrics."""
+    with contextlib.closing(Lines(folder.metrics)) as metrics, contextlib.closing(Lines(folder.samples)) as texts:
 
         def write(line: dict[str, float]) -> None:
             line = _finite(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            metrics.write(line)
             trackers.log({k: v for k, v in line.items() if v is not None})
 
-        yield write
+        def write_text(line: dict[str, Any]) -> None:
+            texts.write(line)
+            trackers.log_text(line)
+
+        trainer.record, trainer.record_text = write, write_text
+        yield metrics
 
 
-def _save(trainer: Trainer, folder: RunFolder, keep: int) -> None:
-    with folder.metrics.open("rb") as file:
-        os.fsync(file.fileno())  # the lines that the checkpoint counts on
-        size = file.seek(0, os.SEEK_END)
-    tensors, state = trainer.state()
-    versions = {"archzoo": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    state |= {"metrics_bytes": size, "versions": versions, "threads": torch.get_num_threads(), "run_id": folder.id}
+def _fit(trainer: Trainer, folder: RunFolder) -> None:
+    """Trains; where a batch cannot be read, the steps before it are saved first."""
     try:
-        save_checkpoint(folder.checkpoints, trainer.step, tensors, state, keep)
-    except OSError as error:
-        free = shutil.disk_usage(folder.path).free
-        log.warning("no checkpoint at step %d: %s (%d bytes free); training goes on", trainer.step, error, free)
+        trainer.fit()
+    except SampleError:
+        if _between_steps(trainer) and not (folder.checkpoints / f"step_{trainer.step:08d}").exists():
+            trainer.save(trainer)
+        raise
+
+
+def _between_steps(trainer: Trainer) -> bool:
+    """Whether a batch was asked for, and nothing was done that the run, resumed, would do again or leave out."""
+    evaluated = trainer.step % trainer.eval_every != 0 or (trainer.last or {}).get("step") == trainer.step
+    # The other batches of an accumulated step have drawn random numbers; other ranks would have to save with us.
+    whole = trainer.config.trainer.accumulate == 1 and trainer.processes == 1
+    return trainer.step > 0 and trainer.spent() < 1 and evaluated and whole and trainer._is_sound()
 
 
 def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], trackers: Trackers) -> None:
@@ -352,17 +450,20 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
 
     Where the model's structure has changed, they are the best since, and the record tells what that model costs.
     """
-    task, config, final = trainer.task, trainer.config, copy.deepcopy(trainer.eval_model)
-    if trainer.best is not None:
-        final.load_state_dict(trainer.best_weights)
-    test = trainer.evaluate("test", final)
-    replace_file(folder.path / "model.safetensors", pack_tensors(final.state_dict()))
+    task, config = trainer.task, trainer.config
+    test, final, weights = trainer.test()
+    last = trainer.eval_model
+    if trainer.sharded:  # what follows is done by one process alone
+        last, _ = build_model(config, task, trainer.callbacks)
+        last.to(trainer.dtype).load_state_dict(weights)
+        final = last
+    replace_file(folder.path / "model.safetensors", pack_tensors(weights))
     best = trainer.best or {}
     record["summary"] = {
         "best": best,
         "last": trainer.last or {},
         "test": {key.removeprefix("test/"): value for key, value in test.items()},
-        "task": dict(task.summarize(trainer.evaluations, trainer.eval_model)),
+        "task": dict(task.summarize(trainer.evaluations, last)),
     }
     if callable(of_model := getattr(final, "summarize", None)):
         record["summary"]["task"] |= of_model()
@@ -390,10 +491,11 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
             "samples_per_s": examples * len(times) / sum(times),
         }
     record["timing"]["wall_s"] = trainer.elapsed()
-    record["memory"]["peak_rss_bytes"] = _peak_rss()
+    record["memory"]["peak_rss_bytes"] = resident("VmHWM")
     if trainer.device.type == "cuda":
         record["memory"]["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     record["steps"] = trainer.step
+    record["bad_steps"] = trainer.bad_steps
     if config.tracker.pictures:  # last: what it takes is not the contestant's
         drawn, failed = draw_pictures(folder.path, task, final)
         record["pictures"] = {"drawn": [{"name": p.name, "caption": p.caption} for p in drawn], "failed": failed}
@@ -405,7 +507,9 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
 
 
 def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
-    _reset_peak_rss()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     return {
         "format": FORMAT,
         "run_id": folder.id,
@@ -413,6 +517,11 @@ def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
         "experiment": config.name,
         "status": "running",
         "error": None,
+        "resumable": False,
+        "batch_size": config.trainer.batch_size,
+        "processes": 1,
+        "bad_steps": 0,
+        "checkpoint_error": None,
         "diverged": None,
         "config": folder.config,
         "layer": contestant(config),
@@ -481,22 +590,6 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _reset_peak_rss() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux only, and not in every container
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_rss() -> int | None:
-    """Largest resident set of this process since the run began, in bytes; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _now() -> str:

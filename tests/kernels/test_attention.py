@@ -48,6 +48,18 @@ def test_keys_may_be_of_another_number_even_none(length):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_memory_may_be_laid_out_in_any_way():
+    one = torch.ones((), dtype=torch.float64)
+    for which in range(3):
+        for other in (torch.randn(2, 3, 4, 5).mT, torch.randn(2, 5, 3, 4).transpose(1, 2), torch.randn(3, 1, 4)):
+            leaves = inputs()
+            leaves[which] = other.double().expand(2, 3, 5, 4)
+            for dy in (torch.randn(2, 3, 4, 5, dtype=torch.float64).mT, one.expand(2, 3, 5, 4)):
+                want = value_and_grads(attention_reference, leaves, dy)
+                for a, b in zip(value_and_grads(attention, leaves, dy), want, strict=True):
+                    assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
 def some_seen(*shape):
     """A mask of bool by which everybody sees the last token, and half of the others."""
     seen = torch.rand(shape) < 0.5
@@ -150,6 +162,7 @@ def test_gradients_of_both_orders(kind):
 def test_opcheck(rows):
     q, k, v = (t.requires_grad_() for t in inputs((rows, 3, 5, 4), dtype=torch.float32))
     for options in ((True, None), (False, torch.randn(1, 1, 5, 5))):
+        q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         opcheck(attention_op, (q, k, v, *options))
         with torch.no_grad():
             y, sums = attention_op(q, k, v, *options)

@@ -50,7 +50,7 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 
 
 def test_a_writer_that_fails_leaves_the_older_one_and_nothing_half_written(saved, monkeypatch):
-    def full(path, data):
+    def full(path, *parts):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_file", full)

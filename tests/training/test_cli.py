@@ -48,7 +48,7 @@ def records(folder):
         ("trainr.steps=3", "trainr.steps=3: there is no such key; did you mean 'trainer'"),
         ("trainer.step=3", "trainer.step=3: there is no such key; did you mean 'steps'"),
         ("trainer.steps=3", "exactly one must be set, got trainer.steps=3, trainer.epochs=20; add trainer.epochs=null"),
-        ("trainer.batch_size=1.5", "trainer.batch_size=1.5: Value '1.5' of type 'float' could not be converted"),
+        ("trainer.batch_size=1.5", "trainer.batch_size=1.5: must be 1 or more, as trainer.batch_size=64, or auto"),
         ("budget.to=7", "budget.to=7: 7 parameters cannot be reached with layer linear; the smallest reachable count"),
         ("sweep.baseline=lineer", "sweep.baseline=lineer: no such layer, did you mean 'linear'"),
         ("budget.to=liner", "budget.to=liner: no such layer, did you mean 'linear' or 'linearizer'?"),

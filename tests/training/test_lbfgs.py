@@ -123,8 +123,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_where_it_began():
     task.train.inputs[3] = math.nan
     model = small_model()
     before = weights(model)
-    with pytest.raises(Diverged, match="at step 1; first not finite: the input"):
-        Trainer(config(), task, model).fit()
+    with pytest.raises(Diverged, match="at step 1, batch 1; first not finite: the input"):
+        Trainer(config(trainer={"steps": 6, "max_bad_steps": 1}), task, model).fit()
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 

@@ -240,8 +240,92 @@ def test_a_bad_gradient_is_traced_to_the_first_module_it_reached():
         def forward(self, x):
             return x + (0.0 * x).abs().sqrt()
 
-    found = diverges(nn.Sequential(nn.Linear(2, 4), Root(), nn.Linear(4, 4), nn.Linear(4, 3)), trainer={"steps": 3})
-    assert (found.step, found.module, found.what) == (2, "0", "gradient")
+    model = nn.Sequential(nn.Linear(2, 4), Root(), nn.Linear(4, 4), nn.Linear(4, 3))
+    before = weights(model)
+    found = diverges(model, trainer={"steps": 6, "accumulate": 2, "max_bad_steps": 3})
+    assert (found.step, found.batch, found.module, found.what) == (1, 2, "0", "gradient")
+    assert same(weights(model), before)
+
+
+def test_a_parameter_that_is_not_finite_is_said_to_be_one():
+    model = small_model(0.0)
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.inf
+    found = diverges(model)
+    assert (found.step, found.module, found.what) == (1, "0", "weight")
+
+
+class Injecting(Callback):
+    """Makes a loss, a gradient, an input or a parameter NaN at some steps."""
+
+    def __init__(self, where, steps):
+        self.where, self.steps = where, steps
+
+    def on_start(self, trainer):
+        parameter = next(trainer.model.parameters())
+        whole = trainer.task.training_loss
+
+        def training_loss(model, inputs, targets):
+            if trainer.step not in self.steps:
+                return whole(model, inputs, targets)
+            if self.where == "input":
+                inputs = inputs * math.nan
+                trainer.inputs = inputs
+            if self.where == "parameter":
+                with torch.no_grad():
+                    parameter.fill_(math.nan)
+            loss = whole(model, inputs, targets)
+            return loss * math.nan if self.where == "loss" else loss
+
+        trainer.task.training_loss = training_loss
+        parameter.register_hook(
+            lambda grad: grad * math.nan if self.where == "gradient" and trainer.step in self.steps else grad
+        )
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "input"])
+@pytest.mark.parametrize("trainer", [{}, {"clip_grad": 1.0}, {"precision": "float64", "ema_decay": 0.9}], ids=str)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(where, trainer):
+    config = make_config(trainer={"steps": 30, **trainer})
+    bad = [0, 3, 4, 5, 17, 29]
+    with_bad = train(config, small_model(0.0), [Injecting(where, bad)])
+    assert with_bad.bad_steps == len(bad)
+    assert with_bad.step == 30
+    assert all(torch.isfinite(w).all() for w in weights(with_bad.model).values())
+    assert all(torch.isfinite(s["exp_avg"]).all() for s in with_bad.optimizer.state.values())
+    steps = {int(s["step"]) for s in with_bad.optimizer.state.values()}
+    assert steps == {30 - len(bad)}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "input", "parameter"])
+def test_so_many_of_them_in_a_row_end_the_run_and_none_is_saved(where):
+    saved, trainers = [], []
+    config = make_config(trainer={"steps": 30, "max_bad_steps": 4, "checkpoint_every": 1, "eval_every": 30})
+    trainer = Trainer(config, Blobs(), small_model(0.0), [Injecting(where, range(7, 40))], save=trainers.append)
+    trainer.save = lambda t: saved.append((t.step, all(torch.isfinite(p).all() for p in t.model.parameters())))
+    with pytest.raises(Diverged) as error:
+        trainer.fit()
+    assert trainer.step == 11
+    assert error.value.divergence.step == 8
+    assert saved == [(step, True) for step in range(1, 8)]
+
+
+def test_the_gradients_are_not_looked_at_where_that_is_asked():
+    config = make_config(trainer={"steps": 6, "max_bad_steps": 0, "log_every": 1})
+    with pytest.raises(Diverged) as error:
+        train(config, small_model(0.0), [Injecting("gradient", [1])])
+    assert (error.value.divergence.step, error.value.divergence.what) == (3, "weight")
+
+
+def test_the_best_evaluation_is_never_one_of_a_metric_that_is_not_finite():
+    trainer = Trainer(make_config(), Blobs(), small_model(0.0))
+    values = iter([math.nan, 0.5, math.inf, 0.7, math.nan])
+    trainer.evaluate = lambda split: {f"{split}/accuracy": next(values)}
+    found = []
+    for _ in range(5):
+        trainer._evaluate()
+        found.append(trainer.best and trainer.best["val/accuracy"])
+    assert found == [None, 0.5, 0.5, 0.7, 0.7]
 
 
 def test_a_bad_input_is_said_to_be_one():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from archzoo.models.decoder import Decoder
-from archzoo.report.samples import visible
+from archzoo.names import visible
 from archzoo.tasks import char_lm
 from archzoo.tasks.char_lm import CharLM, python_corpus
 from archzoo.training.build import build_task

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from archzoo.layers.fast_kan import FastKANLinear
@@ -129,8 +130,9 @@ def test_rules_lead_to_layers_the_contestant_or_nothing():
 def test_swapped_layers_can_start_from_the_originals(tmp_path):
     torch.manual_seed(0)
     trained = timm.create_model("test_vit", in_chans=1, num_classes=10, img_size=32)
-    torch.save(trained.state_dict(), tmp_path / "trained.pt")
-    model, _ = built({MLPS: "paon"}, swap_init="from_original", model={"checkpoint": str(tmp_path / "trained.pt")})
+    file = tmp_path / "trained.safetensors"
+    save_file(trained.state_dict(), file)
+    model, _ = built({MLPS: "paon"}, swap_init="from_original", model={"checkpoint": str(file)})
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(model.eval()(x), trained.eval()(x))
 
