@@ -25,6 +25,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in a dtype: `t.to(dtype)`, which takes as long as a small operator where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives an input of a GEMM-like op: float64 is left alone, as `nn.Linear` leaves it."""
     device = x.device.type

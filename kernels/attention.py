@@ -187,7 +187,7 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     if under_transform():
         return attention_reference(q, k, v, causal, mask)
-    op = attention_op
+    op: Any = attention_op
     if plain_eager(q):
         op = _Eager.apply if torch.is_grad_enabled() else _forward
     y: Tensor = op(q, k, v, causal, mask)[0]

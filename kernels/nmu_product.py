@@ -32,6 +32,7 @@ from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
     DifferentiableOp,
     autocast_dtype,
+    cast,
     compute_dtype,
     empty_if,
     flop_formula,
@@ -130,8 +131,8 @@ def _forward(x: Tensor, w: Tensor, triton: bool = False) -> Tensor:
         return _nmu_product_triton.forward(x, w)
     wide = compute_dtype(x, w)
     if _is_small(x, w):
-        w = w.to(wide)
-        return torch.addcmul(1 - w, x.to(wide)[:, None], w).prod(-1).to(x.dtype)
+        dtype, x, w = x.dtype, cast(x, wide), cast(w, wide)
+        return cast(torch.addcmul(1 - w, x.unsqueeze(1), w).prod(-1), dtype)
     y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     chunks, axes = _chunks(x.shape[1]), _axes(x, w)
     tiles = _tiles(x, w, wide)
@@ -157,7 +158,7 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, needed: list[bool], triton: bool
         return [empty_if(False, t, dy) if g is None else g for g, t in zip(found, (x, w), strict=True)]
     wide = compute_dtype(x, w)
     if _is_small(x, w):
-        return _small_backward(dy.to(wide), x, w, need_x, need_w, wide)
+        return _small_backward(cast(dy, wide), x, w, need_x, need_w, wide)
     dx, dw = _gradient(x, need_x, wide), _gradient(w, need_w, wide)
     _tiled_backward(dy, x, w, dx, dw)
     return [dx.to(x.dtype), dw.to(w.dtype)]
@@ -203,11 +204,16 @@ def _others(x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
 
 
 def _small_backward(dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, wide: torch.dtype) -> list[Tensor]:
-    x_wide, w_wide = x.to(wide)[:, None], w.to(wide)
-    e = _others(x_wide, w_wide, dy[..., None])
-    dx = (e * w_wide).sum(1).to(x.dtype) if need_x else _gradient(x, False, x.dtype)
-    dw = e.mul_(x_wide - 1).sum(0).to(w.dtype) if need_w else _gradient(w, False, w.dtype)
+    x_wide, w_wide = cast(x, wide).unsqueeze(1), cast(w, wide)
+    e = _others(x_wide, w_wide, dy.unsqueeze(-1))
+    dx = cast(_sum_over_outputs(e * w_wide), x.dtype) if need_x else _gradient(x, False, x.dtype)
+    dw = cast(e.mul_(x_wide - 1).sum(0), w.dtype) if need_w else _gradient(w, False, w.dtype)
     return [dx, dw]
+
+
+def _sum_over_outputs(t: Tensor) -> Tensor:
+    """(b, o, i) -> (b, i). Torch's sum of two or three takes several times as long as adding them."""
+    return functools.reduce(torch.add, t.unbind(1)) if t.shape[1] <= 3 else t.sum(1)
 
 
 def _tiled_backward(dy: Tensor, x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> None:
@@ -309,6 +315,8 @@ def nmu_product(x: Tensor, w: Tensor) -> Tensor:
     triton = takes_triton("nmu_product", x=x, w=w)
     if features <= _FEW and x.numel() * outputs <= _SMALL and plain_eager(x) and not triton:
         y = _few(x, w)
+    elif x.dim() == 2:
+        y = nmu_product_op(x, w, triton)
     else:
         y = nmu_product_op(x.reshape(-1, features), w, triton).view(*x.shape[:-1], outputs)
-    return y.to(autocast_dtype(x))
+    return cast(y, autocast_dtype(x))

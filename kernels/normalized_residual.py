@@ -79,9 +79,10 @@ def _blocks(h: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
-def _invert_norm(x: Tensor, out: Tensor) -> None:
-    """`_inverse_norm` in one pass over x."""
-    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=out)
+def _invert_norms(out: Tensor, *xs: Tensor) -> None:
+    """`_inverse_norm` of each of xs (N, D), in one pass over it, into out (len(xs), N, 1)."""
+    for x, norm in zip(xs, out.unbind(), strict=True):
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=norm)
     zero = out == 0
     out.clamp_min_(EPS).reciprocal_().masked_fill_(zero, 0.0)
 
@@ -100,12 +101,10 @@ def _forward(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> 
     for rows in _blocks(h):
         a, b = h[rows].to(wide), branch[rows].to(wide)
         n_a, n_b, n_r = inverse[:, rows].unbind()
-        _invert_norm(a, n_a)
-        _invert_norm(b, n_b)
-        a = a * n_a
-        r = torch.addcmul(a, alpha, (b * n_b).sub_(a))
-        _invert_norm(r, n_r)
-        y[rows] = r.mul_(n_r)
+        _invert_norms(inverse[:2, rows], a, b)
+        r = torch.lerp(a * n_a, b * n_b, alpha)
+        _invert_norms(inverse[2:, rows], r)
+        torch.mul(r, n_r, out=y[rows])
     return y, inverse
 
 
@@ -132,23 +131,22 @@ def _backward(
     for rows in _blocks(h):
         n_a, n_b, n_r = inverse[:, rows].unbind()
         a, b = h[rows].to(wide) * n_a, branch[rows].to(wide) * n_b
-        way = b - a
-        dr = _pull_back(dy[rows].to(wide), torch.addcmul(a, alpha, way).mul_(n_r), n_r)
+        dr = _pull_back(dy[rows].to(wide), torch.lerp(a, b, alpha).mul_(n_r), n_r)
         if need_alpha:
-            dalpha += way.mul_(dr).sum(0)
+            dalpha += (b - a).mul_(dr).sum(0)
         db = alpha * dr
         if need_h:
-            dh[rows] = _pull_back(dr.sub_(db), a, n_a)
+            _pull_back(dr.sub_(db), a, n_a, dh[rows])
         if need_branch:
-            dbranch[rows] = _pull_back(db, b, n_b)
+            _pull_back(db, b, n_b, dbranch[rows])
     return [dh, dbranch, dalpha.to(narrow)]
 
 
-def _pull_back(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+def _pull_back(gradient: Tensor, unit: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
     """The gradient of x, from that of its unit vector x n: what is along it falls away, unless n is clamped."""
     along = (unit * gradient).sum(-1, keepdim=True)
     along.masked_fill_(inverse >= 1 / EPS, 0.0)
-    return gradient.addcmul(unit, along, value=-1).mul_(inverse)
+    return torch.mul(gradient.addcmul(unit, along, value=-1), inverse, out=out)
 
 
 def _fake(h: Tensor, branch: Tensor, alpha: Tensor, triton: bool = False) -> tuple[Tensor, Tensor]:

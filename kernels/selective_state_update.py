@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels._backend import refuse_triton, takes_triton
-from archzoo.kernels._op import plain_eager, under_transform, without_autocast
+from archzoo.kernels._backend import refuse_triton, takes_triton, wants_triton
+from archzoo.kernels._op import cast, plain_eager, under_transform, without_autocast
 from archzoo.kernels._scan import check_shape
 from archzoo.kernels.selective_scan import selective_scan
 
@@ -60,24 +60,22 @@ def selective_state_update(
             f"state of shape {tuple(state.shape)} and {state.dtype}: must be (batch, d, N) or (batch, H, P, N), "
             "and real floating point"
         )
-    batch, *channels, N = state.shape
     if A.is_complex():
         raise ValueError(f"A of {A.dtype}: must be real; no released model has a complex one")
-    for name, t, shape in (
-        ("x", x, (batch, *channels)),
-        ("dt", dt, (batch, *channels)),
-        ("A", A, (*channels, N)),
-        ("D", D, tuple(channels)),
-        ("z", z, (batch, *channels)),
-        ("dt_bias", dt_bias, tuple(channels)),
-    ):
-        check_shape(name, t, shape)
+    shape = state.shape
+    each, channels, (batch, d, N) = shape[:-1], shape[1:-1], (shape[0], shape[1], shape[-1])
+    check_shape("x", x, each)
+    check_shape("dt", dt, each)
+    check_shape("A", A, shape[1:])
+    check_shape("D", D, channels)
+    check_shape("z", z, each)
+    check_shape("dt_bias", dt_bias, channels)
     for name, t in (("B", B), ("C", C)):
         G = t.shape[1] if t.dim() == 3 else 1
-        if t.shape not in ((batch, N), (batch, G, N)) or G < 1 or channels[0] % G or not t.is_floating_point():
+        if t.shape not in ((batch, N), (batch, G, N)) or G < 1 or d % G or not t.is_floating_point():
             raise ValueError(
                 f"{name} of shape {tuple(t.shape)} and {t.dtype}: must be (batch, N) = {(batch, N)} or (batch, G, N) "
-                f"with G a divisor of {channels[0]}, and real floating point"
+                f"with G a divisor of {d}, and real floating point"
             )
     return state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
@@ -160,39 +158,40 @@ def state_update(
     dt_softplus: bool,
 ) -> Tensor:
     """`selective_state_update` of arguments that fit, or broadcast: checks take a tenth of a step's time."""
-    tensors = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if under_transform():
         refuse_triton("selective_state_update", "a torch.func transform")
-    elif takes_triton("selective_state_update", **tensors):
+    elif wants_triton(state):
+        names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+        takes_triton("selective_state_update", **dict(zip(names, tensors, strict=True)))
         if trains:
             return _by_scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         update = _update if plain_eager(x) else torch.ops.archzoo.selective_state_update
         out: Tensor = update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         return out
     wide = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
-    x_wide, delta = x.to(wide), dt.to(wide)
+    x_wide, delta = cast(x, wide), cast(dt, wide)
     if dt_bias is not None:
         delta = delta + dt_bias
     if dt_softplus:
         delta = F.softplus(delta)
-    B, C = _by_group(B.to(wide), state), _by_group(C.to(wide), state)
-    a = (delta.unsqueeze(-1) * A.to(wide)).exp_()
-    scaled = (delta * x_wide).unsqueeze(-1)
+    a = (delta.unsqueeze(-1) * cast(A, wide)).exp_()
+    scaled, by_group = (delta * x_wide).unsqueeze(-1), _by_group(cast(B, wide), state)
     if trains:
-        new = torch.addcmul(a * state.clone(), scaled, B)  # the copy is what the backward pass reads
+        new = torch.addcmul(a * state.clone(), scaled, by_group)  # the copy is what the backward pass reads
         state.copy_(new)
     elif state.dtype == wide:
-        new = state.mul_(a).addcmul_(scaled, B)
+        new = state.mul_(a).addcmul_(scaled, by_group)
     else:
-        new = torch.addcmul(a * state, scaled, B)
+        new = torch.addcmul(a * state, scaled, by_group)
         state.copy_(new)
-    y = _sum_over_states(new, C)
+    y = _sum_over_states(new, cast(C, wide))
     if D is not None:
-        y = torch.addcmul(y, x_wide, D.to(wide))
+        y = torch.addcmul(y, x_wide, cast(D, wide))
     if z is not None:
-        y = y * F.silu(z.to(wide))
-    return y.to(x.dtype)
+        y = y * F.silu(cast(z, wide))
+    return cast(y, x.dtype)
 
 
 def _by_group(t: Tensor, state: Tensor) -> Tensor:
@@ -205,6 +204,6 @@ def _by_group(t: Tensor, state: Tensor) -> Tensor:
 
 
 def _sum_over_states(state: Tensor, C: Tensor) -> Tensor:
-    if C.shape[1] == 1 and state.dim() == 3:
-        return torch.bmm(state, C.mT).squeeze(-1)
-    return (state * C).sum(-1)
+    if state.dim() == 3 and (C.dim() == 2 or C.shape[1] == 1):
+        return torch.bmm(state, C.unsqueeze(-1) if C.dim() == 2 else C.mT).squeeze(-1)
+    return (state * _by_group(C, state)).sum(-1)
