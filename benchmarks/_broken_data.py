@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from archzoo.tasks import cifar10, fashion_mnist, idx, mnist, text
 from archzoo.tasks.files import VARIABLE, Source
 from archzoo.tasks.task import DatasetError, Task, tasks
-from archzoo.training import run
+from archzoo.training import run, run_folder
 from archzoo.training.checkpoint import list_checkpoints
 from archzoo.training.config import BudgetConfig, OptimizerConfig, TrackerConfig, TrainConfig, TrainerConfig
 from archzoo.training.data import BatchOrder
@@ -87,7 +87,7 @@ def config_of(folder: Path, workers: int, **trainer: Any) -> TrainConfig:
 
 
 def folder_of(config: TrainConfig) -> Path:
-    return run.RunFolder(Path(config.output_dir), config).path
+    return run_folder.RunFolder(Path(config.output_dir), config).path
 
 
 def saved_steps(config: TrainConfig) -> list[int]:

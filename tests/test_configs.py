@@ -98,7 +98,12 @@ def sampled(names, kept):
 
 
 @pytest.mark.parametrize(
-    "name", sampled(options("layer"), {*options("layer")} - {*list_layers("conv2d")} | {"kan_conv2d"})
+    "name",
+    sampled(
+        options("layer"),
+        {"linear", "kan", "rational_kan", "selectable_kan", "aptx", "paon", "phm", "nmu", "kan_conv2d", "attention"}
+        | {"mamba", "mamba3", "ngpt_block", "capsules", "bpu"},
+    ),
 )
 def test_every_layer_trains_a_step_at_the_budget(name, tmp_path):
     fitting = FITTING.get(f"layer={name}") or OF_KIND[get_layer(name).kind]
@@ -201,7 +206,7 @@ def marks(name):
     return [pytest.mark.slow] if name in LARGE else []
 
 
-@pytest.mark.parametrize("name", sorted(LARGE))
+@pytest.mark.parametrize("name", sampled(sorted(LARGE), {"aptx_mnist_scaled", "chess_bpu", "style_transfer"}))
 def test_every_large_experiment_composes(name, capsys):
     trains(f"experiment={name}", "--cfg", "job")
     assert f"name: {name}" in capsys.readouterr().out

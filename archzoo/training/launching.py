@@ -291,7 +291,7 @@ class Watcher:
 
     def _changed(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The runs whose status is another than at the last look, each with its number from 1."""
-        from archzoo.training.run import read_record
+        from archzoo.training.run_folder import read_record
 
         for number, folder in enumerate(self.folders, 1):
             try:

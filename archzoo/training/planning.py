@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from archzoo.training.checkpoint import replace_file
-from archzoo.training.cli import Plan, prepare
+from archzoo.training.cli import prepare
+from archzoo.training.composing import Plan
 from archzoo.training.config import TrackerConfig, TrainConfig, asdict_plain, contestant, identity, run_id
-from archzoo.training.run import FINISHED, execute, read_record
+from archzoo.training.run import execute
+from archzoo.training.run_folder import FINISHED, read_record
 
 FILE = "plan.json"
 SECONDS = 3.0  # of steps, of each configuration that is measured

@@ -8,17 +8,10 @@ has texts for people to read, as `sample_text`, also `samples.jsonl`; where the 
 
 import contextlib
 import copy
-import datetime
-import fcntl
-import json
 import logging
-import math
 import os
-import platform
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from archzoo._version import __version__
 from archzoo.arguments import check_types
 from archzoo.budget import Match
 from archzoo.tasks.task import DatasetError, SampleError, Task
@@ -45,133 +37,30 @@ from archzoo.training.checkpoint import (
     pack_tensors,
     replace_file,
 )
-from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, contestant, from_plain, run_id, validate
+from archzoo.training.config import ConfigError, TrainConfig, asdict_plain, from_plain, run_id, validate
 from archzoo.training.cost import batch_size, cost_record
 from archzoo.training.loop import Diverged, Interrupted, Trainer
-from archzoo.training.memory import is_out_of_memory, out_of_memory, reset_peak, resident, resolve_batch_size
+from archzoo.training.memory import is_out_of_memory, out_of_memory, resident, resolve_batch_size
 from archzoo.training.pictures import draw_pictures
 from archzoo.training.progress import Progress
+from archzoo.training.run_folder import (
+    FINISHED,
+    Locked,
+    RunFolder,
+    budget_record,
+    finite,
+    new_record,
+    now,
+    read_record,
+    run_name,
+    write_config,
+)
 from archzoo.training.saving import Saver, follow, resume
 from archzoo.training.trackers import Trackers
 from archzoo.training.untrusted import check_values
 from archzoo.training.writing import NO_ROOM, Lines, LogFile, Told
 
 log = logging.getLogger("archzoo")
-FORMAT = 1
-FINISHED = ("done", "failed", "diverged")
-
-
-class Locked(RuntimeError):
-    """Another process is writing this run."""
-
-
-_locks: set[int] = set()
-
-
-def _leave_locks() -> None:
-    """A loader's worker that outlives a killed run by some seconds must not keep its lock."""
-    for handle in _locks:
-        os.close(handle)
-
-
-os.register_at_fork(after_in_child=_leave_locks)
-
-
-class RunFolder:
-    """The files of one run. Use as a context manager: a lock keeps a second writer out.
-
-    Args:
-        root: The comparison's folder.
-        config: The run's configuration.
-    """
-
-    def __init__(self, root: Path, config: TrainConfig):
-        self.config = asdict_plain(config)
-        self.id = run_id(self.config)
-        self.path = root / self.id
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.samples = self.path / "samples.jsonl"
-        self._lock: int | None = None
-
-    def __enter__(self) -> "RunFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 32).decode(errors="replace").strip() or "of another machine"
-            os.close(self._lock)
-            self._lock = None
-            raise Locked(f"{self.path}: process {holder} is writing this run") from None
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise Locked(f"{self.path / 'lock'}: cannot be locked ({error.strerror})") from error
-        _locks.add(self._lock)
-        os.ftruncate(self._lock, 0)
-        with contextlib.suppress(OSError):  # on a full disk; it is only told
-            os.write(self._lock, str(os.getpid()).encode())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            _locks.discard(self._lock)
-            os.close(self._lock)  # the kernel drops the lock, also of a process that was killed
-            self._lock = None
-
-    def record(self) -> dict[str, Any] | None:
-        """The last run.json, None where there is none."""
-        return read_record(self.path)
-
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Replaces run.json."""
-        replace_file(self.path / "run.json", (json.dumps(_finite(record), indent=1) + "\n").encode())
-
-    def retell(self, record: dict[str, Any]) -> None:
-        """Tells a run that is not trained again what the report goes by now, and the run does not."""
-        asked = {key: self.config["sweep"][key] for key in ("tune", "baseline")}
-        sweep = record["config"].setdefault("sweep", {})
-        changed = any((sweep.get(key) or None) != (value or None) for key, value in asked.items())
-        if changed or (record["status"] == "done" and record.get("checkpoint_error")):
-            sweep |= asked
-            if record["status"] == "done":  # what it could not save on its way has been told, and is of no use now
-                record["checkpoint_error"] = None
-            self.write_record(record)
-
-    def clear(self) -> None:
-        """Removes everything but the lock: the run starts afresh."""
-        for path in self.path.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
-
-    def texts(self) -> list[dict[str, Any]]:
-        """The lines of samples.jsonl that are whole."""
-        lines = self.samples.read_text().split("\n")[:-1] if self.samples.exists() else []
-        return [json.loads(line) for line in lines]
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """run.json of a run folder, None where there is none that can be read."""
-    try:
-        record = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and inf: null stands for them."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def execute(
@@ -259,11 +148,6 @@ def _build(config: TrainConfig) -> tuple[Task, list[Callback], tuple[nn.Module, 
     return task, made, build_model(config, task, made)
 
 
-def run_name(config: TrainConfig) -> str:
-    """A name for people; the id is the one that counts."""
-    return f"{contestant(config)}-seed{config.seed}"
-
-
 def _execute(
     config: TrainConfig,
     folder: RunFolder,
@@ -271,7 +155,7 @@ def _execute(
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    record = _new_record(config, folder)
+    record = new_record(config, folder)
     handlers = [LogFile(folder.path / "log.txt"), Told(progress.warn)]
     for handler in handlers:
         log.addHandler(handler)
@@ -283,7 +167,7 @@ def _execute(
     progress.start_run(record)
     try:
         distributed.agree(None)
-        _write_config(folder)
+        write_config(folder)
         folder.write_record(record)
         with _reproducible(config):
             task, made, (model, match) = _build(config)
@@ -292,7 +176,7 @@ def _execute(
             resolve_batch_size(config, task, model, resolve_device(config.trainer.device), known)
             record["batch_size"] = config.trainer.batch_size
             if match is not None:
-                record["budget"] = _budget_record(config, match)
+                record["budget"] = budget_record(config, match)
             record |= cost_record(config, task, model)
             record["processes"] = distributed.world_size()
             distributed.agree(None)  # the others wait for what may have taken long
@@ -332,7 +216,7 @@ def _execute(
         if lost is not None and lost.of_another:  # the error here comes of the other's end; without one, this can go on
             record |= {"status": "failed" if lost.told else "interrupted", "error": lost.reason}
     finally:
-        record["ended"] = _now()
+        record["ended"] = now()
         record["checkpoint_error"] = record["checkpoint_error"] or saver.error
         if record["status"] == "running":  # a second signal: leave things as a kill would
             record["status"] = "interrupted"
@@ -415,7 +299,7 @@ def _recording(trainer: Trainer, folder: RunFolder, trackers: Trackers) -> Itera
     with contextlib.closing(Lines(folder.metrics)) as metrics, contextlib.closing(Lines(folder.samples)) as texts:
 
         def write(line: dict[str, float]) -> None:
-            line = _finite(line)
+            line = finite(line)
             metrics.write(line)
             trackers.log({k: v for k, v in line.items() if v is not None})
 
@@ -501,99 +385,6 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
         record["pictures"] = {"drawn": [{"name": p.name, "caption": p.caption} for p in drawn], "failed": failed}
         trackers.log_pictures(trainer.step, drawn)
     record["status"] = "done"
-
-
-# ---- what a record says
-
-
-def _new_record(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    reset_peak()
-    return {
-        "format": FORMAT,
-        "run_id": folder.id,
-        "name": run_name(config),
-        "experiment": config.name,
-        "status": "running",
-        "error": None,
-        "resumable": False,
-        "batch_size": config.trainer.batch_size,
-        "processes": 1,
-        "bad_steps": 0,
-        "checkpoint_error": None,
-        "diverged": None,
-        "config": folder.config,
-        "layer": contestant(config),
-        "task": config.task["name"],
-        "model": config.model["name"],
-        "seed": config.seed,
-        "budget": None,
-        "parameters": None,
-        "flops": None,
-        "bytes_per_step": None,
-        "structure": None,
-        "score": None,
-        "summary": {},
-        "pictures": None,
-        "timing": {"step_time_p50_s": None, "samples_per_s": None, "wall_s": None},
-        "memory": {"saved_for_backward_bytes": None, "peak_rss_bytes": None, "peak_cuda_bytes": None},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "archzoo": __version__},
-        "git": git_state(),
-        "machine": {"host": platform.node(), "cpu": cpu_name(), "cores": os.cpu_count()},
-        "device": None,
-        "threads": config.trainer.threads,
-        "started": _now(),
-        "ended": None,
-    }
-
-
-def _budget_record(config: TrainConfig, match: Match) -> dict[str, Any]:
-    b = config.budget
-    return {
-        "match": b.match,
-        "to": b.to,
-        "target": match.target,
-        "reached": match.count,
-        "deviation": match.deviation,
-        "tolerance": b.tolerance,
-        "within_tolerance": abs(match.deviation) <= b.tolerance,
-        "widths": list(match.widths),
-        "option": match.option,
-        "value": match.value,
-    }
-
-
-def _write_config(folder: RunFolder) -> None:
-    from omegaconf import OmegaConf
-
-    replace_file(folder.path / "config.yaml", OmegaConf.to_yaml(folder.config).encode())
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the source that runs, and whether it has uncommitted changes; None outside a repository."""
-
-    def git(*args: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=5).stdout
-
-    try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain", "-uno").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def cpu_name() -> str:
-    """The processor, in words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 # ---- the process around a run

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from archzoo.training.cli import EXIT_CONFIG, Plan, prepare
+from archzoo.training.cli import EXIT_CONFIG, prepare
+from archzoo.training.composing import Plan
 
 FILE = "wandb_sweep.yaml"
 MIRROR = "tracker.wandb=online"  # without which W&B would see nothing of its own sweep

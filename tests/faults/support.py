@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from archzoo.training import checkpoint, cli
+from archzoo.training import checkpoint, cli, composing
 from archzoo.training.config import asdict_plain, run_id
 from archzoo.training.run import execute
 from tests.training.support import lines_without_time, make_config
@@ -62,8 +62,8 @@ def _warm() -> None:
     """Imports here what every run would import there."""
     with tempfile.TemporaryDirectory() as folder:
         execute(small_config(Path(folder), steps=2))
-    cli._store_schema()
-    cli.make_plan([])
+    composing.store_schema()
+    composing.make_plan([])
 
 
 def finish(process: Any, timeout: float = 60.0) -> int:

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from archzoo.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from archzoo.training.run import execute, read_record
+from archzoo.training.run import execute
+from archzoo.training.run_folder import read_record
 from tests.faults.damage import damage, sign
 from tests.faults.signals import only_run
 from tests.faults.support import COMMAND, command, outcome, run_folder, small_config

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from archzoo.training import cli, run
-from archzoo.training.run import RunFolder, execute
+from archzoo.training.run import execute
+from archzoo.training.run_folder import RunFolder
 from archzoo.training.writing import guarded_streams
 from tests.faults.signals import only_run
 from tests.faults.support import COMMAND, command, finish, outcome, run_folder, small_config, start, train, wait_for

@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from archzoo.training import cli
+from archzoo.training import cli, composing
 from archzoo.training.config import ConfigError
 from archzoo.training.untrusted import check_values
 from tests.helpers import REPOSITORY
@@ -250,10 +250,10 @@ def borrowed(inside):
 
 def test_what_the_command_line_says_goes_on_to_work(borrowed, inside):
     """A borrowed experiment, its sweep, and the user's own folders and launcher's options beside it."""
-    cli._store_schema()  # as `main` does
+    composing.store_schema()  # as `main` does
     out = inside.parent / "elsewhere"
     own = [f"output_dir={out}", f"data_dir={inside.parent}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    plan = cli.make_plan(["--config-dir", str(borrowed), "experiment=x", *own])
+    plan = composing.make_plan(["--config-dir", str(borrowed), "experiment=x", *own])
     assert [config.layer["name"] for config in plan.configs] == ["linear", "aptx"]
     assert {config.output_dir for config in plan.configs} == {str(out)}
     assert plan.configs[0].tracker.tags == ["digits"]

@@ -29,7 +29,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from archzoo.registry import list_layers
 from archzoo.tasks.task import DatasetError
-from archzoo.training import build, cli
+from archzoo.training import build, composing
 from archzoo.training.config import ConfigError, TrainConfig, asdict_plain
 from archzoo.training.run import execute
 
@@ -142,7 +142,7 @@ def _change(draw: random.Random, words: list[str]) -> list[str]:
             + f"={draw.choice(('lion', 'poly', 'kan', 'mlp', 'digits', 'lamb', 'lbfgs', 'adafactor', 'muon', *ODD))}"
         ]
     group = draw.choice(GROUPS)
-    options = [p.stem for p in (cli.config_folder() / group).glob("*.yaml")] + ["nothing", "''", "null", "[a,b]"]
+    options = [p.stem for p in (composing.config_folder() / group).glob("*.yaml")] + ["nothing", "''", "null", "[a,b]"]
     left_out = (*NEEDS_FILES, *SLOW_TO_LOAD, "wandb", "tensorboard", "profiler")
     return [f"{group}={draw.choice(sorted(o for o in options if o not in left_out))}"]
 
@@ -166,7 +166,7 @@ def quick_compose(name: str, overrides: list[str], return_hydra_config: bool = F
 
 
 _compose = hydra.compose
-cli._store_schema()  # which `cli.main` does first
+composing.store_schema()  # which `cli.main` does first
 _leaves: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
@@ -175,7 +175,7 @@ def _leaves_of(groups: tuple[str, ...]) -> dict[str, Any]:
     if groups not in _leaves:
         with mock.patch.object(hydra, "compose", quick_compose):
             try:
-                plan = cli.make_plan(list(groups))
+                plan = composing.make_plan(list(groups))
                 plain = asdict_plain(plan.configs[0])  # type: ignore[union-attr]
             except ConfigError:
                 plain = {"name": "x", "seed": 0}
@@ -240,9 +240,9 @@ def _run(tried: Case, root: Path, whole: bool) -> tuple[str, str]:
     try:
         with warnings.catch_warnings(), mock.patch.object(hydra, "compose", _compose if whole else quick_compose):
             warnings.simplefilter("ignore")
-            plan = cli.make_plan(argv)
+            plan = composing.make_plan(argv)
             assert plan is not None
-            cli.check(plan)
+            composing.check(plan)
     except ConfigError as error:
         lines = str(error).splitlines()
         known = TOP | {word.lstrip("+~").partition("=")[0] for word in tried.words}

@@ -17,9 +17,9 @@ def findings(seeds):
 
 
 def test_a_few_configurations():
-    tally = findings(range(40))
-    assert tally.counts["trained"] >= 5
-    assert tally.counts["refused"] >= 15
+    tally = findings(range(16))
+    assert tally.counts["trained"] >= 2
+    assert tally.counts["refused"] >= 6
 
 
 @pytest.mark.slow

@@ -120,7 +120,10 @@ def test_inputs_of_any_number_of_dimensions():
     assert rms_error(layer(x)[1, 3], layer(x[1, 3])) < 1e-6
 
 
-@pytest.mark.parametrize(("wavelet", "least"), [("mexican_hat", 0.92), ("dog", 0.92), ("morlet", 0.92)])
+@pytest.mark.parametrize(
+    ("wavelet", "least"),
+    [("mexican_hat", 0.92), *(pytest.param(name, 0.92, marks=pytest.mark.slow) for name in ("dog", "morlet"))],
+)
 def test_learns_the_digits(wavelet, least):
     """1400 of the 1797 digits, pixels in [0, 1], [64, 32, LayerNorm, 10], 15 epochs."""
     from sklearn.datasets import load_digits

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from archzoo.training import cli
+from archzoo.training import cli, composing
 from archzoo.training.run import execute
 from tests.helpers import REPOSITORY
 
@@ -45,13 +45,13 @@ def train(*arguments: str, folder: Path, limit: float = 500) -> SimpleNamespace:
     return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
-def plan_of(*arguments: str) -> cli.Plan:
+def plan_of(*arguments: str) -> composing.Plan:
     plan = cli.prepare(list(arguments))
-    assert isinstance(plan, cli.Plan)
+    assert isinstance(plan, composing.Plan)
     return plan
 
 
-def cut_off(plan: cli.Plan, run: int, steps: int = 6) -> dict[str, Any]:
+def cut_off(plan: composing.Plan, run: int, steps: int = 6) -> dict[str, Any]:
     """Trains a run of a sweep for some steps, and interrupts it."""
     looks = iter(range(1, 10_000))
     record = execute(plan.configs[run], should_stop=lambda: next(looks) >= steps)

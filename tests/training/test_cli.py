@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from archzoo import Card, registry
-from archzoo.training import cli
+from archzoo.training import cli, composing
 from archzoo.training.config import ConfigError
 from tests.helpers import REPOSITORY
 from tests.training.support import lines_without_time
@@ -92,10 +92,10 @@ def test_a_layer_of_any_kind_without_a_yaml_is_known_and_suggested(kind, monkeyp
     card = Card("t", "a", 2026, "", "e", "h", "r")
     monkeypatch.setitem(registry._entries, own, registry.LayerEntry(own, Own, kind, card, nonlinear=True))
     monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
-    plan = cli.make_plan([f"layer={own}"])
+    plan = composing.make_plan([f"layer={own}"])
     assert [config.layer for config in plan.configs] == [{"name": own, "gain": [1, 2]}]
     with pytest.raises(ConfigError, match=f"^layer=zron_{kind}: there is no such layer; did you mean '{own}'"):
-        cli.make_plan([f"layer=zron_{kind}"])
+        composing.make_plan([f"layer=zron_{kind}"])
 
 
 def test_all_wrong_values_are_told_at_once(capsys):

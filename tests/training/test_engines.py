@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from archzoo.training import cli, launching
+from archzoo.training import cli, composing, launching
 from archzoo.training.config import ConfigError
 from archzoo.training.progress import SweepProgress
 from tests.training.support import lines_without_time
@@ -119,13 +119,13 @@ def test_an_engine_that_is_not_installed_is_told_with_its_command(monkeypatch, c
     for choice, extra in (("joblib", "launch"), ("submitit_local", "submitit"), ("submitit_slurm", "submitit")):
         error = SimpleNamespace(missing_cfg_file=f"hydra/launcher/{choice}", options=["basic"])
         with pytest.raises(ConfigError, match=rf"^hydra/launcher={choice}: is not installed; .*'archzoo\[{extra}\]'$"):
-            cli._missing_group(error, cli.config_folder())
+            composing._missing_group(error, composing.config_folder())
 
 
 def test_what_jobs_find_in_their_environment_survives_hydras_grammar():
-    cli._store_schema()
+    composing.store_schema()
     values = {"A": "/a b/it's, [x]=1/\\", "B": "", "C": "7"}
-    with initialize_config_dir(str(cli.config_folder()), **cli._version_base()):
+    with initialize_config_dir(str(composing.config_folder()), **composing.version_base()):
         composed = compose("train", overrides=launching.job_environment(values), return_hydra_config=True)
     assert dict(composed.hydra.job.env_set) == values
 
@@ -153,8 +153,8 @@ def test_a_lost_job_of_submitit_leaves_the_results_of_the_others(monkeypatch, ca
 
 def test_runs_that_a_launcher_gave_up_are_trained_one_by_one_at_the_end(tmp_path, monkeypatch, capsys):
     """As joblib does it: two at a time, and where one is killed, it ends the other and goes no further."""
-    cli._store_schema()
-    plan = cli.make_plan([*tiny(tmp_path / "configs"), f"output_dir={tmp_path / 'out'}", "seed=range(3)"])
+    composing.store_schema()
+    plan = composing.make_plan([*tiny(tmp_path / "configs"), f"output_dir={tmp_path / 'out'}", "seed=range(3)"])
     names = [folder.name for folder in plan.folders()]
     tries = []
 

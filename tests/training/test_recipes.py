@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from archzoo.training.cli import _store_schema, main, make_plan
+from archzoo.training.cli import main
+from archzoo.training.composing import make_plan, store_schema
 from archzoo.training.config import ConfigError, asdict_plain, run_id
 
 SWEEP = ["layer=linear,kan", "optimizer.weight_decay=0.1", "+recipes.kan.optimizer.lr=0.05"]
@@ -12,7 +13,7 @@ WARM = "+recipes.kan.scheduler.warmup=0.25"
 
 
 def configs(*arguments):
-    _store_schema()
+    store_schema()
     return {config.layer["name"]: config for config in make_plan(list(arguments)).configs}
 
 

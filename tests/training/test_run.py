@@ -12,7 +12,8 @@ from archzoo.training.build import build_model, build_task
 from archzoo.training.checkpoint import list_checkpoints
 from archzoo.training.config import asdict_plain, run_id
 from archzoo.training.loop import Trainer
-from archzoo.training.run import RunFolder, execute, read_record
+from archzoo.training.run import execute
+from archzoo.training.run_folder import RunFolder, read_record
 from archzoo.training.trackers import flat_summary
 from tests.training.support import lines_without_time, make_config
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from archzoo.layers.fast_kan import FastKANLinear
 from archzoo.layers.kan import KANLinear
-from archzoo.training import cli
+from archzoo.training import cli, composing
 from archzoo.training.build import build_model, build_task
 from archzoo.training.config import ConfigError, contestant, from_plain, run_id, validate
 from archzoo.training.run import load_model
@@ -88,9 +88,9 @@ def test_a_comparison_has_the_untouched_model_for_its_baseline(tmp_path):
 
 
 def test_a_sweep_over_swaps_is_a_comparison_too():
-    plan = cli.make_plan([*VIT, f"swap=null,{{{MLPS}: kan}},{{{MLPS}: {{name: aptx}}, head: phm}}"])
+    plan = composing.make_plan([*VIT, f"swap=null,{{{MLPS}: kan}},{{{MLPS}: {{name: aptx}}, head: phm}}"])
     assert [contestant(made) for made in plan.configs] == ["linear", "kan", "aptx+phm"]
-    assert len({run_id(cli.asdict_plain(made)) for made in plan.configs}) == 3
+    assert len({run_id(composing.asdict_plain(made)) for made in plan.configs}) == 3
 
 
 def test_a_run_is_resumed_with_the_same_bits(tmp_path):
@@ -110,9 +110,9 @@ def test_a_run_is_resumed_with_the_same_bits(tmp_path):
 
 def test_without_a_swap_runs_keep_their_ids():
     made = make_config()
-    assert not cli.asdict_plain(made).keys() & {"swap", "swap_init"}
+    assert not composing.asdict_plain(made).keys() & {"swap", "swap_init"}
     swapped = config({MLPS: "kan"}, swap_init="from_original")
-    assert from_plain(cli.asdict_plain(swapped)) == swapped
+    assert from_plain(composing.asdict_plain(swapped)) == swapped
 
 
 # ---- what is built

@@ -3,7 +3,7 @@ import yaml
 
 from archzoo.__main__ import main as archzoo
 from archzoo.report import write_report
-from archzoo.training import cli, wandb_sweep
+from archzoo.training import cli, composing, wandb_sweep
 from tests.training.sweeps import plan_of, records, table, tiny
 
 AGENT = {
@@ -56,8 +56,8 @@ def test_every_kind_of_sweep_comes_to_the_agent_as_it_was_typed():
     swept = ["seed=range(2)", "trainer.compile=true,false", "trainer.clip_grad=null,5e-1"]
     swept += ["+budget.vary.kan=grid_size,degree"]
     rest = ["model.width=32", "tracker.wandb=offline", "-m"]
-    cli._store_schema()
-    plan = cli.make_plan([*swept, *rest])
+    composing.store_schema()
+    plan = composing.make_plan([*swept, *rest])
     sweep = wandb_sweep.sweep_config(plan, [*swept, "--import", "mine", *rest])
     assert {key: choices["values"] for key, choices in sweep["parameters"].items()} == {
         "seed": [0, 1],
