@@ -112,7 +112,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def kill_a_worker_at(step: int, rng: random.Random) -> Callable[[], bool]:
     """To be given as `should_stop`, which is called once a step: kills a loader process at that step.
 
-    Up to 3 ms later, that is, whatever it and the main process are doing then.
+    Up to 3 ms later, that is, whatever it and the main process are doing then; 6 steps later at most.
     """
     steps = iter(range(1, STEPS + 1))
 
@@ -120,10 +120,15 @@ def kill_a_worker_at(step: int, rng: random.Random) -> Callable[[], bool]:
         time.sleep(rng.uniform(0.0, 0.003))
         os.kill(rng.choice(processes).pid or 0, signal.SIGKILL)
 
+    killer = threading.Thread(target=kill)
+
     def look() -> bool:
-        if next(steps) == step:
+        now = next(steps)
+        if now == step:
             processes[:] = multiprocessing.active_children()
-            threading.Thread(target=kill).start()
+            killer.start()
+        if now == step + 6:
+            killer.join()
         return False
 
     processes: list[Any] = []

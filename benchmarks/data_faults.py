@@ -31,7 +31,7 @@ def killed_workers(trials: int, folder: Path) -> dict[str, Any]:
     expected = whole(config_of(folder / "whole", 2))
     lost, longest = 0, 0.0
     for trial in range(trials):
-        step = rng.randint(1, STEPS - 5)  # the last batches are read ahead by then
+        step = rng.randint(1, STEPS - 11)  # the last batches are read ahead by then
         outcome = disturbed(config_of(folder / str(trial), 2), expected, should_stop=kill_a_worker_at(step, rng))
         lost += not (outcome.same and outcome.saved >= step and "killed by SIGKILL" in outcome.error)
         longest = max(longest, outcome.seconds)

@@ -148,7 +148,7 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
     return int(dt_rank)
 
 
-def check_channels(d: int, expand: float, dim: int) -> None:
+def check_inner_channels(d: int, expand: float, dim: int) -> None:
     """A ValueError unless d, expand times dim, is a number of channels."""
     if not 1 <= d < 2**31:
         raise ValueError(f"expand={expand}: makes {d or 'no'} channels of dim={dim}; must make 1 to 2^31 - 1")
@@ -168,7 +168,7 @@ def scan_heads(dim: int, expand: float, headdim: int | None, ngroups: int) -> tu
     """
     check_positive(expand=expand)
     d = int(expand * dim)
-    check_channels(d, expand, dim)
+    check_inner_channels(d, expand, dim)
     if headdim is None:  # a narrow layer has several heads too: the norm takes away the scale of a single one
         headdim = 64 if d % 64 == 0 else max(1, math.gcd(d, 64) // 4)
     check_whole(headdim=headdim)

@@ -20,7 +20,7 @@ from archzoo.kernels.causal_conv1d import causal_conv1d
 from archzoo.layers._check import check_positive, check_token, check_tokens, check_whole, typed
 from archzoo.layers._mamba import (
     _Selective,
-    check_channels,
+    check_inner_channels,
     check_mask,
     filter_step,
     last_inputs,
@@ -228,7 +228,7 @@ class Mamba(_Selective):
         if bidirectional not in (None, "shared", "separate"):
             raise ValueError(f"bidirectional={bidirectional!r}: must be None, 'shared' or 'separate'")
         d = int(expand * dim)
-        check_channels(d, expand, dim)
+        check_inner_channels(d, expand, dim)
         dt = (dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         super().__init__(d, d_state, dt, {"device": device, "dtype": dtype})
         self.dim, self.d_conv, self.expand, self.layer_idx = dim, d_conv, expand, layer_idx

@@ -126,7 +126,7 @@ def _build(config: TrainConfig, layer: dict[str, Any], task: Task, widths: tuple
 
 def _check_model(name: str, options: dict[str, Any]) -> None:
     """A ValueError for an option of another type, and for a depth that takes too long to build."""
-    check_types(models.get(name), options)
+    check_types(models.get(name), {k: v for k, v in options.items() if (k, v) != ("hidden", "task")})  # see `_hidden`
     if not 0 <= options.get("depth", 0) <= DEEPEST:
         raise ValueError(f"depth={options['depth']}: must be from 0 to {DEEPEST}")
 

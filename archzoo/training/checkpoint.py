@@ -130,7 +130,9 @@ def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in stored:
-        flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole = tensor.detach().cpu().contiguous()
+        # What has one element is contiguous whatever its strides are, and is not viewed as bytes unless they are 1.
+        flat: Any = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy()
         yield memoryview(flat)
 
 

@@ -104,8 +104,11 @@ def make_plan(argv: list[str]) -> Plan | None:
     typed = {o.get_key_element().lstrip("+~") for o in overrides}
     for group in ("task", "model", "layer", "optimizer", "scheduler", "trainer", "tracker", "experiment", "debug"):
         for o in overrides:
-            if o.get_key_element() == group and not o.is_sweep_override() and not isinstance(o.value(), str):
-                raise ConfigError(f"{o.input_line}: must be the name of one {group}; leave it out for the usual one")
+            if o.get_key_element() == group and not o.is_sweep_override() and not isinstance(o.value(), str | dict):
+                raise ConfigError(
+                    f"{o.input_line}: must be the name of one {group}, or settings of it, as {group}={{KEY: VALUE}}; "
+                    "leave it out for the usual one"
+                )
     if args.config_dir:
         _check_borrowed_primary(args.config_name, Path(args.config_dir))
         overrides += parser.parse_overrides([f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"])

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from archzoo.training import cli, run
+from archzoo.training import cli
 from archzoo.training.run import execute
-from archzoo.training.run_folder import RunFolder
+from archzoo.training.run_folder import RunFolder, _locks
 from archzoo.training.writing import guarded_streams
 from tests.faults.signals import only_run
 from tests.faults.support import COMMAND, command, finish, outcome, run_folder, small_config, start, train, wait_for
@@ -99,7 +99,7 @@ def test_a_process_that_a_killed_run_leaves_behind_does_not_keep_its_lock(tmp_pa
         assert wait_for(lambda: (tmp_path / "stderr").exists(), left)
         lock = folder._lock
         os.close(lock)  # as the end of a process that is killed does, and no more
-        run._locks.discard(lock)
+        _locks.discard(lock)
         folder._lock = None
     with RunFolder(tmp_path, config):
         assert left.exitcode is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 from torch import nn
 
 from archzoo.training import checkpoint
@@ -16,6 +17,7 @@ from archzoo.training.checkpoint import (
     get_state,
     list_checkpoints,
     load_checkpoint,
+    pack_tensors,
     save_checkpoint,
     set_random_state,
     set_state,
@@ -203,3 +205,9 @@ def test_random_generators_go_on_where_they_were():
     again = torch.randn(3), random.random(), np.random.rand()
     assert torch.equal(drawn[0], again[0])
     assert drawn[1:] == again[1:]
+
+
+def test_a_tensor_of_one_element_is_stored_whatever_its_stride():
+    odd = torch.arange(14.0, dtype=torch.float64).reshape(2, 7)[1:, 3]
+    assert odd.stride() == (7,)
+    assert torch.equal(load(pack_tensors({"odd": odd, "none": odd[:0], "number": odd[0]}))["odd"], odd)

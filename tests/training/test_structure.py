@@ -169,15 +169,6 @@ def test_half_precision_trains_through_it():
     assert trainer.best["val/accuracy"] > 0.5
 
 
-def test_a_model_in_ddp_is_refused(monkeypatch):
-    trainer = Trainer(make_config(), Blobs(), kan_model())
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.Sequential)
-    with pytest.raises(
-        ValueError, match="DistributedDataParallel reduces the gradients of the parameters it was built"
-    ):
-        trainer.rebuild_optimizer()
-
-
 # ---- average and best weights
 
 
@@ -435,5 +426,5 @@ def test_a_run_that_is_not_done_has_no_model(tmp_path):
         load_model(folder_of(config))
     execute(config)
     (folder_of(config) / "model.safetensors").write_bytes(b"x" * 64)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be parsed"):
         load_model(folder_of(config))
