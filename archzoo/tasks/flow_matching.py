@@ -138,6 +138,7 @@ class FlowMatching(Task):
     def metrics(self) -> "MetricCollection":
         """The energy distance of all samples to all data, and as a fraction of that of normal noise."""
         from torchmetrics import Metric, MetricCollection
+        from torchmetrics.utilities import dim_zero_cat
 
         class Energy(Metric):
             full_state_update = False
@@ -155,7 +156,7 @@ class FlowMatching(Task):
                 self.targets.append(target)
 
             def compute(self) -> Tensor:
-                made, data = torch.cat(list(self.outputs)), torch.cat(list(self.targets))
+                made, data = dim_zero_cat(self.outputs), dim_zero_cat(self.targets)
                 distance = energy_distance(made, data)
                 if not self.relative:
                     return distance

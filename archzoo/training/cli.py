@@ -67,8 +67,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
     if distributed.launched():
         return _train_together(plan, began)
-    _run_all(plan)
-    return _report(plan, began)
+    with _signals():  # one that comes while the report is written is told by the exit code too
+        _run_all(plan)
+        return _report(plan, began)
 
 
 def _say(line: str) -> None:

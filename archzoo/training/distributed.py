@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
     """
     seconds = datetime.timedelta(seconds=timeout)
     store, own, count = next(rendezvous("env://", timeout=seconds))
+    store = PrefixStore(_session(store, own, count, timeout), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -109,6 +111,32 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
     finally:
         _board.clear()
     dist.destroy_process_group()  # not after an error: it waits for processes that may not be there any more
+
+
+def _session(store: Any, own: int, count: int, timeout: float) -> str:
+    """A name for this try of the group: torchrun may keep one store over restarts, with the addresses of the dead.
+
+    Rank 0 makes it up. Of a store that another try has used, a process may read that one's first; so each asks the rank
+    0 that made the name for an answer to a word of its own, and reads again where there is none.
+    """
+    if own == 0:
+        name = uuid.uuid4().hex
+        store.set("archzoo/session", name)
+        for other in range(1, count):
+            store.wait([f"{name}/word/{other}"])
+            store.set(f"{name}/answer/{other}", store.get(f"{name}/word/{other}"))
+        return name
+    word, until = uuid.uuid4().hex, time.monotonic() + timeout
+    while time.monotonic() < until:
+        name = store.get("archzoo/session").decode()
+        store.set(f"{name}/word/{own}", word)
+        again = time.monotonic() + 1.0
+        while time.monotonic() < again:
+            answer = f"{name}/answer/{own}"
+            if store.check([answer]) and store.get(answer).decode() == word:
+                return name
+            time.sleep(0.02)
+    raise RankLost(f"rank 0 did not answer within trainer.rank_timeout={timeout:g} s", of_another=True)
 
 
 # ---- what the processes tell one another
@@ -239,7 +267,7 @@ def mean(value: Number) -> Number:
     total = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     total /= world_size()
-    return total if isinstance(value, Tensor) else total.item()  # type: ignore[return-value]  # of the value's own type
+    return total if isinstance(value, Tensor) else total.item()
 
 
 def own_seed(seed: int, step: int) -> int:
@@ -350,7 +378,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     left to the rest, whose parameters are there as long as the loss is computed.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     # Nothing here changes an output in place, which is what it warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
@@ -362,8 +390,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
         if not regularized and not any(p in shared for p in block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    if callable(getattr(model, "training_loss", None)):
-        register_fsdp_forward_method(model, "training_loss")
 
 
 def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:

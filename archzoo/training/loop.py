@@ -135,6 +135,11 @@ class Trainer:
         self.device = resolve_device(t.device)
         self.dtype = torch.float64 if t.precision == "float64" else torch.float32
         self.sharded = t.strategy == "fsdp" and distributed.initialized()
+        if self.sharded and (not task.compilable or hasattr(model, "training_loss")):
+            raise ConfigError(
+                f"trainer.strategy=fsdp: model={config.model['name']} is asked for more than its output by task "
+                f"{config.task['name']}, when its parameters are not there as a whole; set trainer.strategy=ddp"
+            )
         self.model = self._with_shared_statistics(model.to(self.dtype))
         if t.checkpoint_activations:
             try:
@@ -381,7 +386,7 @@ class Trainer:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        if self._is_bad(total, norm):
+        if self._is_bad(total, norm) and self.scaler is None:
             return total
         if self.scaler is None:
             self.optimizer.step()

@@ -29,9 +29,10 @@ def endless(*arguments):
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_second_signal_exits_at_once(tmp_path, number):
     process = start(endless, *COMMAND, f"output_dir={tmp_path}/out", folder=tmp_path)
-    assert wait_for(lambda: "started" in (tmp_path / "stderr").read_text(), process)
+    told = tmp_path / "stderr"
+    assert wait_for(lambda: told.exists() and "started" in told.read_text(), process)
     kill(process, number)
-    assert wait_for(lambda: "stopping after this step" in (tmp_path / "stderr").read_text(), process)
+    assert wait_for(lambda: "stopping after this step" in told.read_text(), process)
     kill(process, number)
     assert finish(process, 5) == -number
 

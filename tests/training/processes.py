@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import traceback
 
 import torch
@@ -17,11 +18,14 @@ def together(count, function, *args, timeout=30.0, seconds=90.0, lost=None):
     kills or stops itself, is not waited for, and gives None.
     """
     context = multiprocessing.get_context("fork")
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun keeps one
+    answers, tells = context.Pipe(duplex=False)
+    agent = context.Process(target=_keep_store, args=(tells,))
+    agent.start()
+    port = answers.recv()
     pipes, processes = [], []
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(rank, count, store.port, theirs, timeout, function, args))
+        process = context.Process(target=_run, args=(rank, count, port, theirs, timeout, function, args))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -42,9 +46,17 @@ def together(count, function, *args, timeout=30.0, seconds=90.0, lost=None):
             process.join(0 if rank == lost else 5)
             if process.is_alive():
                 process.kill()
+        agent.kill()
     errors = [r for r in results if isinstance(r, str) and r.startswith("Traceback")]
     assert not errors, errors[0]
     return results
+
+
+def _keep_store(pipe):
+    """As torchrun's agent does. Not in the test's own process: a fork of what has threads may hang."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
 
 
 def _run(rank, count, port, pipe, timeout, function, args):

@@ -15,6 +15,7 @@ from archzoo.training.checkpoint import list_checkpoints
 from archzoo.training.config import ConfigError, validate
 from archzoo.training.loop import Trainer
 from archzoo.training.run import execute
+from tests.training.processes import together
 from tests.training.support import Blobs, lines_without_time, make_config
 
 
@@ -172,3 +173,11 @@ def test_the_copy_of_a_model_computes_its_own_blocks_again():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"trainer.checkpoint_activations=true: Linear has no list of blocks"):
         Trainer(make_config(trainer={"checkpoint_activations": True}), Blobs(), nn.Linear(2, 3))
+
+
+def test_processes_find_out_one_batch_size_for_all(tmp_path):
+    config = make_config(tmp_path, trainer={"batch_size": "auto", "steps": 2, "eval_every": 1})
+    records = together(2, execute, config)
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert records[0]["batch_size"] == 1196  # two parts of 598, of the 1197 digits
+    assert records[0]["processes"] == 2
