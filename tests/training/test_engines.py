@@ -58,6 +58,7 @@ def test_an_engine_takes_up_a_comparison_and_reports_the_same(engine, reference,
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_whose_process_is_killed_does_not_take_the_others_with_it(engine, reference, tmp_path):

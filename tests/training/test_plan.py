@@ -71,6 +71,7 @@ def test_a_plan_before_the_runs_is_held_to_what_they_took(tmp_path, clock, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.large  # a figure of an idle machine
 def test_an_estimate_is_within_a_factor_of_two_of_a_short_run(tmp_path):
     """On a machine with nothing else to do. Longer runs come nearer, for a start is most of the error."""
     arguments = [*tiny(tmp_path / "configs"), f"output_dir={tmp_path / 'out'}", "seed=0", "trainer.steps=1000"]
