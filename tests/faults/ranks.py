@@ -146,7 +146,8 @@ def trial(folder: Path, whole: Path, rank: int, number: int, random_: random.Ran
     began = time.monotonic()
     together(2, lose_itself, config, rank, number, *moment, timeout=RANK_TIMEOUT, lost=rank)
     ended = time.monotonic() - began
-    before = json.loads((folder / whole.name / "run.json").read_text())["status"]
+    told = folder / whole.name / "run.json"  # not there yet, if it was lost before it began
+    before = json.loads(told.read_text())["status"] if told.exists() else "running"
     statuses = {record["status"] for record in together(2, execute, config)}
     cut = folder / whole.name
     same = (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,16 +216,17 @@ def test_an_error_of_all_processes_is_of_that_run_alone(tmp_path):
         assert statuses == ["failed", "done"]
 
 
-def die_at_a_step(config):
-    if distributed.rank() == 1:
-        count = itertools.count(1)
-        return execute(config, should_stop=lambda: next(count) == 6 and os.kill(os.getpid(), signal.SIGKILL))
-    return execute(config)
+def die_after_a_checkpoint(config):
+    def look():
+        saved = list(Path(config.output_dir).glob("*/checkpoints/step_00000004"))
+        return bool(saved) and distributed.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL)
+
+    return execute(config, should_stop=look)
 
 
 def test_a_run_of_which_a_process_was_killed_goes_on_from_its_checkpoint(tmp_path):
     config = make_config(tmp_path / "cut")
-    reasons = together(2, die_at_a_step, config)
+    reasons = together(2, die_after_a_checkpoint, config)
     assert "has died" in reasons[0]
     folder = next((tmp_path / "cut").glob("*"))
     record = json.loads((folder / "run.json").read_text())
