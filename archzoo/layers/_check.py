@@ -37,7 +37,7 @@ def typed(init: Init) -> Init:
         given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         try:
             init(self, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever a value of a wrong type brings about; it is raised again, or named
             text = str(error)
             if isinstance(error, ValueError) and any(f"{name}=" in text for name in given):
                 raise

@@ -121,7 +121,7 @@ def _read(task: Task, split: Dataset[Any], indices: Tensor, worker: int | None =
             return split.__getitems__(indices)
         fetch, numbers = getattr(split, "__getitems__", None), indices.tolist()
         return task.collate(fetch(numbers) if fetch else [split[i] for i in numbers])
-    except Exception as error:
+    except Exception as error:  # a split is anyone's code and files; what it raises is kept as the cause
         index, cause = _culprit(split, indices.tolist(), error)
         reason = str(cause) if isinstance(cause, DatasetError) else f"{type(cause).__name__}: {cause}"
         if index is None:
@@ -134,7 +134,7 @@ def _culprit(split: Dataset[Any], numbers: list[int], error: Exception) -> tuple
     for number in numbers:
         try:
             split[number]
-        except Exception as found:
+        except Exception as found:  # as above
             return number, found
     return None, error
 
@@ -256,7 +256,7 @@ def _serve(pipe: Connection, task: Task, split: Dataset[Any], seed: tuple[int, i
             pipe.send(answer)
         except OSError:
             return
-        except Exception as error:
+        except Exception as error:  # what cannot be pickled says so in many ways
             reason = f"{_listed(indices)}: the batch cannot be sent ({type(error).__name__}: {error})"
             pipe.send(SampleError(_named(task, split), None, worker, reason))
 
