@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import benchmarks
-from benchmarks._checkout import make_importable
+from benchmarks._checkout import make_importable, make_tests_importable
 
 # `python -m` puts the working folder first in sys.path, and ours holds a folder `kernels` (see train.py).
 root = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
 make_importable()
+make_tests_importable()
 
 
 def main() -> int:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+"""The trials of the faults are also tests."""
 PACKAGES = {"archzoo": ROOT / "archzoo", "archzoo.kernels": ROOT / "kernels", "archzoo.configs": ROOT / "configs"}
 """As `package-dir` of pyproject.toml has them."""
 
@@ -50,3 +52,10 @@ def make_importable() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "sitecustomize.py").write_text(f"import runpy\nrunpy.run_path({__file__!r})['install_finder']()\n")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def make_tests_importable() -> None:
+    """`tests` from this process alone, and without the checkout on the path, where `kernels` would be a package too."""
+    spec = ModuleSpec("tests", None, is_package=True)
+    spec.submodule_search_locations = [str(TESTS)]
+    sys.modules["tests"] = importlib.util.module_from_spec(spec)

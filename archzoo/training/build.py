@@ -22,6 +22,7 @@ from archzoo.names import suggest
 from archzoo.registry import layer_options, list_layers
 from archzoo.tasks.task import DatasetError, Task, tasks
 from archzoo.training import distributed
+from archzoo.training.blocks import recompute
 from archzoo.training.config import (
     ConfigError,
     OptimizerConfig,
@@ -190,10 +191,7 @@ def choose_widths(config: TrainConfig, task: Task) -> Match | None:
 
 def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
     if "library" in config.model:  # by `archzoo.swap`, when the model is built; here, whether it can be
-        on_meta = config.budget.match != "flops" and config.swap_init == "fresh"
-        drawn = {"pretrained": False} if "pretrained" in config.model else {}  # its weights do not matter yet
-        trial = replace(config, model=config.model | drawn)
-        return _swapped(trial, config.layer, task, "meta" if on_meta else "cpu")[1]
+        return _trial(config, config.layer, task)[1]
     budget, layer = config.budget, config.layer
     key = "parameters" if budget.match == "params" else "FLOPs an example"
     own = _own_count(config, layer, task)
@@ -269,7 +267,7 @@ def check_memory(config: TrainConfig, task: Task, match: Match | None) -> None:
             raise ConfigError(f"{what} take {taken}, and this machine has {there}; {right}")
 
     if "library" not in config.model:
-        layer = config.layer | ({match.option: match.value} if match and match.option else {})
+        layer = _chosen_layer(config, match)
         with torch.device("meta"):
             parameters = count_parameters(_build(config, layer, task, match.widths if match else None))
         keys = ", ".join(f"model.{key}={config.model[key]}" for key in ("width", "depth") if key in config.model)
@@ -331,6 +329,18 @@ def _own_count(config: TrainConfig, layer: dict[str, Any], task: Task) -> int | 
         raise _refused(group, values, error) from error
 
 
+def _chosen_layer(config: TrainConfig, match: Match | None) -> dict[str, Any]:
+    """The contestant, with the option that the budget chose."""
+    return config.layer | ({match.option: match.value} if match and match.option else {})
+
+
+def _trial(config: TrainConfig, layer: dict[str, Any], task: Task) -> tuple[nn.Module, Match | None]:
+    """The same as `_swapped`, where its weights do not matter: on the meta device if nothing needs them."""
+    on_meta = config.budget.match != "flops" and config.swap_init == "fresh"
+    drawn = {"pretrained": False} if "pretrained" in config.model else {}
+    return _swapped(replace(config, model=config.model | drawn), layer, task, "meta" if on_meta else "cpu")
+
+
 def _swapped(
     config: TrainConfig, layer: dict[str, Any], task: Task, device: str = "cpu"
 ) -> tuple[nn.Module, Match | None]:
@@ -347,6 +357,40 @@ def _swapped(
     return model, swap_in(model, config, layer, example_batch(task, 1))
 
 
+def check_model(config: TrainConfig, task: Task, match: Match | None, callbacks: Sequence["Callback"]) -> None:
+    """Refuses callbacks that cannot work with the model, before anything is written.
+
+    Raises:
+        ConfigError: As they say, or if nothing of the model can be computed again.
+    """
+    layer = _chosen_layer(config, match)
+    for callback in callbacks:
+        layer |= callback.prepare(config, match)
+    if not callbacks and not config.trainer.checkpoint_activations:
+        return
+    if "library" in config.model:
+        model = _trial(config, layer, task)[0]
+    else:
+        with torch.device("meta"):
+            model = _build(config, layer, task, match.widths if match else None)
+    for callback in callbacks:
+        callback.check(config, task, model)
+    if config.trainer.checkpoint_activations:
+        recompute_blocks(model)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """As `trainer.checkpoint_activations` asks.
+
+    Raises:
+        ConfigError: If the model has no blocks.
+    """
+    try:
+        recompute(model)
+    except ValueError as error:
+        raise ConfigError(f"trainer.checkpoint_activations=true: {error}") from error
+
+
 def build_model(
     config: TrainConfig, task: Task, callbacks: Sequence["Callback"] = ()
 ) -> tuple[nn.Module, Match | None]:
@@ -361,7 +405,7 @@ def build_model(
         return _swapped(config, layer, task)
     match = choose_widths(config, task)
     check_memory(config, task, match)
-    layer = config.layer | ({match.option: match.value} if match and match.option else {})
+    layer = _chosen_layer(config, match)
     for callback in callbacks:
         layer |= callback.prepare(config, match)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from archzoo.budget import Match
 from archzoo.registry import Registry, get_layer, layer_options
+from archzoo.tasks.task import Task
 from archzoo.training import distributed
 from archzoo.training.config import ConfigError, TrainConfig
 
@@ -39,6 +40,18 @@ class Callback:
             Options of the layer with which the model is built, where they are not the configured or chosen ones.
         """
         return {}
+
+    def check(self, config: TrainConfig, task: Task, model: nn.Module) -> None:
+        """Refuses what could not be done later: before the run's folder is made, and again before the first step.
+
+        Args:
+            config: The run's.
+            task: Its task.
+            model: First as it will be built, on the meta device, and so without values; then as it is trained.
+
+        Raises:
+            ConfigError: With `callbacks.NAME`, and what would be right.
+        """
 
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step of this process; the model is built and a checkpoint, if any, is loaded."""
@@ -248,13 +261,9 @@ class GridRefine(Callback):
         self.at = [i / (len(self.sizes) + 1) for i in range(1, len(self.sizes) + 1)]
         return {"grid_size": first}
 
-    def on_start(self, trainer: "Trainer") -> None:
-        """Refuses what would fail later.
-
-        Raises:
-            ConfigError: If a layer's grid is finer than the next one.
-        """
-        for layer in outermost(trainer.model, "refine"):
+    def check(self, config: TrainConfig, task: Task, model: nn.Module) -> None:
+        """A ConfigError if a layer's grid is finer than the next one."""
+        for layer in outermost(model, "refine"):
             size = getattr(layer, "grid_size", None)
             if isinstance(size, int) and self.done < len(self.sizes) and size > self.sizes[self.done]:
                 raise ConfigError(

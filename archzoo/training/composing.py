@@ -414,7 +414,15 @@ def check(plan: Plan) -> None:
     for folder in {Path(config.output_dir) for config in plan.configs}:
         _check_writable(folder)
 
-    from archzoo.training.build import build_task, check_memory, choose_widths, data_dir, resolve_device, total_steps
+    from archzoo.training.build import (
+        build_task,
+        check_memory,
+        check_model,
+        choose_widths,
+        data_dir,
+        resolve_device,
+        total_steps,
+    )
     from archzoo.training.distributed import launched
     from archzoo.training.run import make_callbacks
 
@@ -432,8 +440,7 @@ def check(plan: Plan) -> None:
             task = build_task(config)
             match = choose_widths(config, task)
             check_memory(config, task, match)
-            for callback in make_callbacks(config):
-                callback.prepare(config, match)
+            check_model(config, task, match, make_callbacks(config))
             resolve_device(config.trainer.device)
             total_steps(config, task, 1.0)
             _check_optimizer(config)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from archzoo.tasks.task import Task
 from archzoo.training import distributed
-from archzoo.training.blocks import recompute
 from archzoo.training.build import (
     Schedule,
     build_optimizer,
     carry_over,
     example_batch,
+    recompute_blocks,
     resolve_device,
     total_steps,
 )
@@ -142,10 +142,7 @@ class Trainer:
             )
         self.model = self._with_shared_statistics(model.to(self.dtype))
         if t.checkpoint_activations:
-            try:
-                recompute(self.model)
-            except ValueError as error:
-                raise ConfigError(f"trainer.checkpoint_activations=true: {error}") from error
+            recompute_blocks(self.model)
         if self.sharded:
             distributed.shard(self.model, self.device)
         else:
@@ -306,6 +303,7 @@ class Trainer:
         """
         log_every, most_bad = self.config.trainer.log_every, self._most_bad_steps()
         for callback in self.callbacks:
+            callback.check(self.config, self.task, self.model)
             callback.on_start(self)
         batches = self._batches()
         self.started = time.perf_counter()

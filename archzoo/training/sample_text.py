@@ -7,8 +7,9 @@ from torch import nn
 
 from archzoo.models.generation import stream
 from archzoo.tasks.options import number, whole_number
+from archzoo.tasks.task import Task
 from archzoo.training.callbacks import Callback, register_callback
-from archzoo.training.config import ConfigError
+from archzoo.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from archzoo.training.loop import Trainer
@@ -59,23 +60,19 @@ class SampleText(Callback):
         self.options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         stream(lambda ids: ids, torch.zeros(1, 1, dtype=torch.int64), length, **self.options)  # checks, and draws none
 
-    def on_start(self, trainer: "Trainer") -> None:
-        """Refuses what could not be done later.
-
-        Raises:
-            ConfigError: If the model cannot write, or the task has no text, or not the prompt's characters.
-        """
-        if not callable(getattr(trainer.task, "encode", None)) or not callable(getattr(trainer.task, "decode", None)):
-            name = trainer.config.task.get("name")
+    def check(self, config: TrainConfig, task: Task, model: nn.Module) -> None:
+        """A ConfigError if the model cannot write, or the task has no text, or not the prompt's characters."""
+        if not callable(getattr(task, "encode", None)) or not callable(getattr(task, "decode", None)):
+            name = config.task.get("name")
             raise ConfigError(f"callbacks.sample_text: task {name} has no text; choose task=char_lm or task=text")
-        if not callable(getattr(trainer.model, "generate", None)):
-            name = trainer.config.model.get("name")
+        if not callable(getattr(model, "generate", None)):
+            name = config.model.get("name")
             raise ConfigError(
                 f"callbacks.sample_text: model {name} cannot write text, for it has no generate(); choose "
                 "model=decoder, or leave the callback out"
             )
         try:
-            trainer.task.encode(self.prompt)  # type: ignore[attr-defined]  # looked for above
+            task.encode(self.prompt)  # type: ignore[attr-defined]  # looked for above
         except ValueError as error:
             raise ConfigError(f"callbacks.sample_text.prompt={self.prompt!r}: {error}") from error
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.tasks.task import RegressionTask
+from archzoo.tasks.task import RegressionTask, Task
 from archzoo.training.callbacks import Callback, register_callback
-from archzoo.training.config import ConfigError
+from archzoo.training.config import ConfigError, TrainConfig
 from archzoo.training.data import BatchOrder, train_batches
 
 if TYPE_CHECKING:
@@ -80,19 +80,15 @@ class SymbolicRegression(Callback):
         check_options(**self.options)  # type: ignore[arg-type]
         self.spline_rmse: float | None = None
 
-    def on_start(self, trainer: "Trainer") -> None:
-        """Refuses what could not be done later.
-
-        Raises:
-            ConfigError: If the model is not a `KAN`, or the task no regression.
-        """
+    def check(self, config: TrainConfig, task: Task, model: nn.Module) -> None:
+        """A ConfigError if the model is not a `KAN`, or the task no regression."""
         from archzoo.models.kan import KAN
 
-        if not isinstance(trainer.model, KAN):
+        if not isinstance(model, KAN):
             raise ConfigError(
                 "callbacks.symbolic_regression: needs a KAN, on inputs that are vectors; choose model=kan layer=kan"
             )
-        if not isinstance(trainer.task, RegressionTask):
+        if not isinstance(task, RegressionTask):
             raise ConfigError("callbacks.symbolic_regression: needs a task with a number to predict, as task=functions")
 
     def before_step(self, trainer: "Trainer") -> None:

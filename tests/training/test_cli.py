@@ -61,6 +61,9 @@ def records(folder):
             "callbacks.grid_updat={'every': 3}: callback 'grid_updat' is not registered",
         ),
         ("+callbacks.grid_update={evry: 3}", "has no argument evry=3; did you mean 'every'"),
+        ("+callbacks.sample_text={top_k: 1}", "callbacks.sample_text: task digits has no text; choose task=char_lm"),
+        ("+callbacks.symbolic_regression={}", "callbacks.symbolic_regression: needs a KAN"),
+        ("trainer.checkpoint_activations=true", "trainer.checkpoint_activations=true: MLP has no list of blocks"),
         ("seed=one", "seed=one: "),
         ("steps", "steps: not a setting; write KEY=VALUE"),
     ],
@@ -79,6 +82,13 @@ def test_a_wrong_option_of_the_chosen_layer_is_refused(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     train("layer=kan", "layer.grid_size=0", expect=2)
     assert "error: layer.grid_size=0: must be a whole number, at least 1 (layer kan)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_that_cannot_become_finer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train("layer=kan", "+callbacks.grid_refine={sizes: [3], at: [0.5]}", expect=2)
+    assert "error: callbacks.grid_refine.sizes=[3]: KANLinear has grid_size=5 already" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -179,9 +179,9 @@ def test_a_prompt_of_other_characters_is_refused():
     task.vocabulary = b"abc "
     trainer = Trainer(config(), task, Decoder(256, 8, 1))
     with pytest.raises(ConfigError, match=r"^callbacks\.sample_text\.prompt='abd': text='abd': byte b'd' at place 2"):
-        SampleText("abd").on_start(trainer)
+        SampleText("abd").check(trainer.config, trainer.task, trainer.model)
     with pytest.raises(ConfigError, match="has no text"):
-        SampleText("abd").on_start(Trainer(make_config(), Blobs(), torch.nn.Linear(2, 3)))
+        SampleText("abd").check(make_config(), Blobs(), torch.nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,10 @@ def test_what_it_cannot_work_on_is_refused():
     c = config()
     task = Functions(function="xy", train_size=50)
     with pytest.raises(ConfigError, match="symbolic_regression: needs a KAN"):
-        SymbolicRegression().on_start(Trainer(c, task, torch.nn.Linear(2, 1)))
+        SymbolicRegression().check(c, task, torch.nn.Linear(2, 1))
     digits = build_task(make_config(task={"name": "digits"}))
     with pytest.raises(ConfigError, match="symbolic_regression: needs a task with a number to predict"):
-        SymbolicRegression().on_start(Trainer(c, digits, KAN([64, 10])))
+        SymbolicRegression().check(c, digits, KAN([64, 10]))
 
 
 @pytest.mark.parametrize(
