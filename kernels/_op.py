@@ -81,6 +81,14 @@ def plain_eager(x: Tensor) -> bool:
     return type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
+def compiled_for_cpu(x: Tensor) -> bool:
+    """Whether torch.compile is at work for a CPU: it fuses a definition by elements and rows, where it leaves an op be.
+
+    Not in an export, whose graph is to hold the op.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
+
+
 def differentiable_gradients(
     definition: Callable[..., Any],
     dy: Tensor | Sequence[Tensor | None],

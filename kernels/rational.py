@@ -11,7 +11,8 @@ starts at b = 0 would never learn; |x| at x = 0 has 0, the mean of its two sides
 
 The op computes in float32 at least and keeps x, a and b for backward; 20 FLOPs a number forward, 60 backward. Under
 `torch.func` transforms, and for gradients of gradients, plain differentiable torch takes its place; inside
-`use_backend("triton")` they raise. Everything of the basis is in x's dtype, in place where nothing is differentiated.
+`use_backend("triton")` they raise. So it does inside torch.compile for a CPU, which fuses it. Everything of the basis
+is in x's dtype, in place where nothing is differentiated.
 Beyond |x| = 3e7, x^5 leaves float32, and F is not finite there.
 """
 
@@ -27,6 +28,7 @@ from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import (
     DifferentiableOp,
     check_floating,
+    compiled_for_cpu,
     compute_dtype,
     empty_if,
     flop_formula,
@@ -344,6 +346,8 @@ def rational(x: Tensor, a: Tensor, b: Tensor, denominator: str = "abs_terms") ->
         refuse_triton("rational", "a torch.func transform")
         return _definition(x, a, b, denominator)
     triton = takes_triton("rational", x=x, a=a, b=b)
+    if compiled_for_cpu(x) and not triton:
+        return _definition(x, a, b, denominator)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
     y: Tensor = rational_op(rows, a, b, denominator, triton)
     return y.view(x.shape)

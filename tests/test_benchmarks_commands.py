@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import _speed, cpu, gpu, peers
 from benchmarks._cases import H200
-from benchmarks._measure import COMPILED, DEFINITION, OURS, Device
+from benchmarks._measure import COMPILED, DEFINITION, OURS, OURS_COMPILED, Device
 from benchmarks._ops import OPS
 from tests.helpers import HEAVY, REPOSITORY, run_python, without
 from tests.test_packaging import SITE_PACKAGES
@@ -213,7 +213,7 @@ def test_cpu_measures_prints_and_records(tmp_path, monkeypatch, capsys):
     cpu.main(["--seconds", "0.001", "--record"])
     record = json.loads(path.read_text())
     assert [row["op"] for row in record["rows"]] == ["rational", "normalized_residual"]
-    assert record["rows"][0]["contestants"].keys() == {OURS, DEFINITION, COMPILED}
+    assert record["rows"][0]["contestants"].keys() == {OURS, DEFINITION, COMPILED, OURS_COMPILED}
     assert record["summary"]["graph_breaks"] == {}
     assert record["summary"]["not_repeatable"] == []
     out = capsys.readouterr().out
@@ -275,6 +275,12 @@ def test_summary_is_of_the_fastest_public_code_and_of_the_compiled_definition():
     assert goals["rational", "forward >= 0.75 of the floor"] == (0.5, False)
     assert goals["normalized_residual", "forward >= 0.85 of the floor"] == (0.9, True)
     assert goals["selective_scan", "forward + backward >= 1 x mamba-ssm"] == (None, None)
+
+
+def test_compiled_is_held_against_compiled_where_both_are():
+    both = row("normalized_residual", 1, definition=1.5, **{COMPILED: 0.6, OURS_COMPILED: 0.5})
+    assert _speed.alternatives(both) == {"definition": 1.5, COMPILED: 1.2}
+    assert _speed.best(both) == (COMPILED, 1.2)
 
 
 def test_tables_show_records_and_what_is_faster(tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ def test_functional_transforms():
     assert rms_error(each[0], value_and_grads(lambda a: loss(a, h[0], branch[0]), (alpha,))[1]) < 1e-13
 
 
-def test_compiled_graph_holds_one_op_for_all_batch_sizes():
+def test_compiled_for_a_cpu_the_definition_takes_the_place_of_the_op_at_all_batch_sizes():
     inputs, dy = problem(70, 17)
     graphs = []
 
@@ -256,11 +256,25 @@ def test_compiled_graph_holds_one_op_for_all_batch_sizes():
     for rows in (3, 4, 70):
         some = inputs[0][:rows], inputs[1][:rows], inputs[2]
         got, want = (value_and_grads(f, some, dy[:rows]) for f in (compiled, normalized_residual))
-        assert_close(got, want, (1e-15,) * 4)
+        assert_close(got, want, (1e-13,) * 4)
     torch._dynamo.reset()
     assert len(graphs) == 1
-    ops = [str(node.target) for node in graphs[0].graph.nodes if "archzoo" in str(node.target)]
-    assert ops == ["archzoo.normalized_residual.default"]
+    assert own_ops(graphs[0]) == []
+
+
+def own_ops(graph):
+    return [str(node.target) for node in graph.graph.nodes if "archzoo" in str(node.target)]
+
+
+def test_an_exported_graph_holds_one_op():
+    class Model(torch.nn.Module):
+        def forward(self, h, branch, alpha):
+            return normalized_residual(h, branch, alpha)
+
+    inputs, _ = problem(70, 17)
+    exported = torch.export.export(Model(), inputs)
+    assert own_ops(exported.graph_module) == ["archzoo.normalized_residual.default"]
+    assert torch.equal(exported.module()(*inputs), normalized_residual(*inputs))
 
 
 def test_kept_for_backward_are_the_inputs_and_three_numbers_a_row():

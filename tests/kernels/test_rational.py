@@ -1,6 +1,7 @@
 """The rational basis against its formula written out, by itself and in both operators."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from archzoo.kernels import rational as module
 from archzoo.kernels.basis_conv2d import basis_conv2d
 from archzoo.kernels.basis_linear import basis_linear, basis_linear_reference
-from archzoo.kernels.rational import DENOMINATORS, Rational
+from archzoo.kernels.rational import DENOMINATORS, Rational, rational
 from tests.helpers import rms_error, value_and_grads
 
 every_denominator = pytest.mark.parametrize("denominator", DENOMINATORS)
@@ -229,3 +230,19 @@ def test_flops():
     with FlopCounterMode(display=False) as forward:
         basis_linear(x, [(basis, weight, a, b)])
     assert forward.get_total_flops() == 50 * 6 * (20 + 2 * 4)
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_compiled_for_a_cpu_it_gives_the_gradients_of_the_op(denominator):
+    g = torch.Generator().manual_seed(3)
+    x, a, b = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((7, 12), (3, 6), (3, 4)))
+    x[0, :5], b[1] = 0, 0  # the kinks
+    inputs = [t.requires_grad_() for t in (x, a, b)]
+    compiled = torch.compile(partial(rational, denominator=denominator), fullgraph=True, backend="aot_eager")
+    found, wanted = (
+        torch.autograd.grad(f(*inputs).cos().sum(), inputs)
+        for f in (compiled, partial(rational, denominator=denominator))
+    )
+    torch._dynamo.reset()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
