@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
@@ -38,7 +39,7 @@ class HubMixin(PyTorchModelHubMixin):
 
     `save_pretrained`, `push_to_hub` and `from_pretrained` are huggingface_hub's. `from_pretrained` builds the class
     with the arguments it was built with, swaps again, and loads the weights, all of them. Arguments must be plain
-    values, as JSON has them. Weights are read from `model.safetensors`.
+    values, as JSON has them. Weights are read from `model.safetensors`, and torch's generator stays where it was.
     """
 
     def swap(
@@ -90,7 +91,8 @@ class HubMixin(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, **arguments: Any) -> Self:
         arguments.pop(_KEY, None)  # which a class that takes any argument would be given
-        return super()._from_pretrained(**{"strict": True, **arguments})
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, only to be replaced
+            return super()._from_pretrained(**{"strict": True, **arguments})
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:

@@ -357,7 +357,7 @@ def refusals(root: Path, contents: dict[str, dict[str, bytes]], reader: Any) -> 
         before, began, error = below(root), time.monotonic(), None
         try:
             tasks.create(task, data_dir=root / "data", **options)
-        except Exception as raised:
+        except Exception as raised:  # any but a DatasetError is counted as unclear
             error = raised
         if kind == "missing" and name == cifar10.PACKED:  # then the official archive is looked for
             path = folder / cifar10.ARCHIVE

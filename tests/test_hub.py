@@ -36,7 +36,9 @@ def test_swaps_are_stored_and_done_again(cls, tmp_path):
     net.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert (stored["width"], stored["depth"], len(stored["archzoo_swaps"])) == (24, 1, 2)
+    state = torch.get_rng_state()
     loaded = cls.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
     assert [type(layer) for layer in (*loaded.blocks[0], loaded.head)] == [KANLinear, KANLinear, PHMLinear]
     x = torch.randn(3, 8)
     assert torch.equal(loaded(x), net(x))

@@ -252,7 +252,7 @@ def _run(tried: Case, root: Path, whole: bool) -> tuple[str, str]:
         return ("no key named", "\n".join(unnamed)) if unnamed or not lines else ("refused", str(error))
     except DatasetError as error:
         return "no data", str(error)
-    except Exception:
+    except Exception:  # any is what is looked for
         return "another exception", traceback.format_exc(limit=-6)
     config = plan.configs[0]
     config.trainer.steps, config.trainer.epochs, config.trainer.seconds = 1, None, None
@@ -263,7 +263,7 @@ def _run(tried: Case, root: Path, whole: bool) -> tuple[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             record = execute(config)
-    except Exception:
+    except Exception:  # any, likewise
         return "another exception in the run", traceback.format_exc(limit=-6)
     kind = {"done": "trained", "diverged": "diverged"}.get(record["status"], f"run {record['status']}")
     if kind.startswith("run "):

@@ -268,7 +268,7 @@ def _run(subject: Subject, trial: Trial) -> Literal["right", "refused", "torch's
     torch.manual_seed(trial.seed)
     try:
         layer = subject.build(args)
-    except Exception as error:
+    except Exception as error:  # any: what is no ValueError or TypeError is what is looked for
         if subject.is_torchs or (args.get("device") == "cuda" and not torch.cuda.is_available()):
             return "torch's own"  # FakeTensorMode has devices that are not there, so that a layer must not refuse them
         _must_name(error, [(name, trial.args[name]) for name in trial.changed])
@@ -337,7 +337,7 @@ def _call(subject: Subject, trial: Trial, args: Mapping[str, Any], layer: nn.Mod
         x = x.requires_grad_()
     try:
         y = layer(x)
-    except Exception as error:
+    except Exception as error:  # any, likewise
         if wanted is None and isinstance(error, ValueError) and str(shape) in str(error):
             return "refused"
         raise Finding(f"x of {shape}: {type(error).__name__}: {error}") from error
@@ -389,7 +389,7 @@ def _call_wrongly(call: str, x: Tensor, layer: nn.Module, axes: int) -> Literal[
         if missing:
             raise Finding(f"the error does not say {missing}: {type(error).__name__}: {error}") from error
         return "refused"
-    except Exception as error:
+    except Exception as error:  # any, likewise
         raise Finding(f"{type(error).__name__}: {error}") from error
     raise Finding(f"it gave {tuple(y.shape)}, {y.dtype}")
 
