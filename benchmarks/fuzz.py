@@ -28,6 +28,8 @@ CHUNK = 250
 """Cases of a process."""
 LONGEST_S = 10.0
 """Seconds a case at most, on average over a process's."""
+START_S = 60.0
+"""Seconds that a process may take to begin, on a busy machine."""
 
 
 def _chunk(seeds: range) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ def _chunk(seeds: range) -> list[dict[str, Any]]:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
-                timeout=LONGEST_S * len(seeds),
+                timeout=START_S + LONGEST_S * len(seeds),
             )
         except subprocess.TimeoutExpired as error:
             return [{"finding": f"seeds {seeds.start} to {seeds.stop}: not done after {error.timeout:.0f} s"}]

@@ -466,7 +466,8 @@ def _check_optimizer(config: TrainConfig) -> None:
 
     from archzoo.training.build import build_optimizer
 
-    if config.optimizer.options or not (config_folder() / "optimizer" / f"{config.optimizer.name}.yaml").exists():
+    known = {path.stem for path in (config_folder() / "optimizer").glob("*.yaml")}
+    if config.optimizer.options or config.optimizer.name not in known:
         build_optimizer(config.optimizer, nn.Linear(1, 1))
 
 

@@ -96,6 +96,15 @@ def test_a_flow_is_asked_whether_one_step_is_many_and_data_come_back(dataset):
     assert task.summarize([], nn.Linear(2, 2)) == {}
 
 
+def test_a_flow_that_has_overflowed_has_no_inverse():
+    task = FlowMatching(dataset="two_moons", eval_size=20)
+    model = LinearFlowModel(LayerFactory("linear"), task.input_shape, task.output_size, width=4, depth=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e30)
+    assert math.isnan(task.summarize([], model)["inversion_psnr"])
+
+
 def drawn(pictures):
     """Names of the pictures; each can be written."""
     for picture in pictures.values():
@@ -179,6 +188,10 @@ def test_composition_takes_the_model_s_own_pictures_from_style_to_style(kernel_s
     with torch.no_grad():
         assert drawn(task.pictures(model.eval())) == {"styles"}
         assert drawn(model.pictures(task)) == {"mixtures"}
+        for parameter in model.parameters():
+            parameter.mul_(1e30)
+    figures = task.summarize([], model)
+    assert math.isnan(figures["composed_psnr"]) and math.isnan(figures["restyled_psnr"])
 
 
 @pytest.mark.slow

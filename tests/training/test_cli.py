@@ -43,6 +43,7 @@ def records(folder):
         ("optimizer.lr=-1", "optimizer.lr=-1: must be a positive number"),
         ("optimizer.lr=fast", "optimizer.lr=fast: Value 'fast' of type 'str' could not be converted to Float"),
         ("optimizer.name=adamv", "optimizer.name=adamv: no such optimizer, did you mean"),
+        ("optimizer.name=" + "x" * 300, ": no such optimizer"),
         ("layer.grid_size=0", "layer.grid_size=0: there is no such key"),  # the default layer has no grid
         ("layer.bais=false", "layer.bais=false: there is no such key; did you mean 'bias'?"),
         ("trainr.steps=3", "trainr.steps=3: there is no such key; did you mean 'trainer'"),
