@@ -49,6 +49,7 @@ def run(path, *inputs):
     return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
 
 
+@pytest.mark.slow
 def test_several_layers_in_one_onnx_file(tmp_path):
     pytest.importorskip("onnxscript", reason="pip install 'archzoo[onnx]'")
     torch.manual_seed(0)

@@ -146,13 +146,17 @@ class Case:
         return torch.randn((*leading, *self.sizes.y), generator=generator, dtype=torch.float64).to(dtype)
 
 
+COMPOSED = {"ngpt_block", "phm_block", "phm_attention", "mamba3", "real_npu", "inalu"}
+"""Made of layers, or variants of them, that the zoo has by themselves."""
+
+
 def every_layer(
-    kind: str | None = None, exempt: dict[str, str] | None = None, slow_convolutions: bool = False
+    kind: str | None = None, exempt: dict[str, str] | None = None, sampled: bool = False
 ) -> pytest.MarkDecorator:
     """Parametrizes a test over the zoo.
 
-    `exempt` gives, for a layer that need not pass, the reason. With `slow_convolutions` those of layers that are there
-    as linear layers too, by the same code, are left to the slow tests.
+    `exempt` gives, for a layer that need not pass, the reason. With `sampled` those are left to the slow tests whose
+    parts others have: convolutions of layers that are there as linear ones too, by the same code, and `COMPOSED`.
     """
     exempt = exempt or {}
     cases = []
@@ -160,7 +164,7 @@ def every_layer(
         entry = get_layer(name)
         if entry.kind in KINDS and kind in (None, entry.kind) and entry.cls.__module__ != __name__:
             marks = [pytest.mark.xfail(reason=exempt[name], strict=True)] if name in exempt else []
-            if slow_convolutions and name.removesuffix("_conv2d") != name:
+            if sampled and (name.removesuffix("_conv2d") != name or name in COMPOSED):
                 marks.append(pytest.mark.slow)
             cases.append(pytest.param(Case(entry), id=name, marks=marks))
     return pytest.mark.parametrize("case", cases)
@@ -623,7 +627,7 @@ def test_nan_in_gives_nan_out_in_its_own_row(case):
 # --- Tools of torch ---------------------------------------------------------------------------------------------------
 
 
-@every_layer(slow_convolutions=True)
+@every_layer(sampled=True)
 def test_compiled_equals_eager(case):
     """Whole graph; a second batch size may recompile with a symbolic one, which a third must then share."""
     torch._dynamo.reset()
@@ -654,7 +658,7 @@ def under_autocast(module: nn.Module, layer: nn.Module, x: Tensor, dy: Tensor) -
     return dict(zip(["y", "x", *dict(layer.named_parameters())], [y.detach(), *gradients], strict=True))
 
 
-@every_layer(slow_convolutions=True)
+@every_layer(sampled=True)
 def test_autocast_follows_the_usual_layer(case):
     layer, usual = case.generic(), case.sizes.usual()
     x, dy = case.x(64), case.dy(64)
@@ -681,7 +685,7 @@ def test_autocast_follows_the_usual_layer(case):
 
 
 @pytest.mark.slow
-@every_layer(slow_convolutions=True)
+@every_layer(sampled=True)
 def test_autocast_is_compiled_as_it_runs(case):
     layer, x, dy = case.generic(), case.x(64), case.dy(64)
     torch._dynamo.reset()

@@ -257,7 +257,8 @@ def test_a_signal_stops_runs_side_by_side_too(tmp_path):
     assert "the same command goes on" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/faults/test_signals.py sends some at every moment; here it is the whole command
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     settings = ["seed=0,1", "trainer.steps=4000", "trainer.epochs=null", "tracker=none"]
     command = [*TRAIN, *settings, f"output_dir={tmp_path}"]
