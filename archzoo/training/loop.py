@@ -151,6 +151,7 @@ class Trainer:
             self.model.compile()
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type) if t.precision == "float16" else None
+        self._found, self._one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         self.metrics = task.metrics().to(self.device)
         self.restart_average()
 
@@ -440,9 +441,9 @@ class Trainer:
             grads = [g.to_local() for g in grads]
         if self.has_complex:
             grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-        found, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         # What torch's own GradScaler calls: one operator over all gradients, which it multiplies by one.
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, one)
+        found = self._found.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)
         return not (distributed.exchange(found.item())[0] if self.sharded else found.item())
 
     def _is_sound(self) -> bool:
