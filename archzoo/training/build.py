@@ -1,12 +1,12 @@
-"""From a config to its parts: task, model at its budget, optimizer, schedule."""
+"""From a config to its parts: the task, the model at its budget, the device, the number of steps."""
 
 import functools
 import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,6 @@ from archzoo.training import distributed
 from archzoo.training.blocks import recompute
 from archzoo.training.config import (
     ConfigError,
-    OptimizerConfig,
-    SchedulerConfig,
     TrainConfig,
     model_key,
 )
@@ -107,7 +105,7 @@ def _factory(layer: dict[str, Any]) -> LayerFactory:
     try:
         check_types(factory.entry.cls, options, finite=False)
     except ValueError as error:
-        raise _refused("layer", layer, error) from error
+        raise refused("layer", layer, error) from error
     return factory
 
 
@@ -148,7 +146,7 @@ def _hidden(config: TrainConfig, task: Task) -> Any:
     return known
 
 
-def _refused(group: str, values: dict[str, Any], error: Exception) -> ConfigError:
+def refused(group: str, values: dict[str, Any], error: Exception) -> ConfigError:
     """What a class says of its arguments, in terms of the config: `grid_size=0: …` becomes `layer.grid_size=0: …`."""
     if _names_a_key(error, values):
         return ConfigError(f"{group}.{error} ({group} {values['name']})")
@@ -204,7 +202,7 @@ def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
         if budget.to == layer["name"]:
             if isinstance(own, Exception):
                 if _names_a_key(own, config.model):
-                    raise _refused("model", config.model, own) from own
+                    raise refused("model", config.model, own) from own
                 refuses = f"model.width={_widths(config)[0]}: layer {layer['name']} refuses this width"
                 raise ConfigError(f"{refuses}, {own}") from own
             return Match(_widths(config), own, own)
@@ -212,7 +210,7 @@ def _choose_widths(config: TrainConfig, task: Task) -> Match | None:
             target = float(_count(config, {"name": budget.to}, task, _widths(config)))
         except (ValueError, TypeError) as error:
             if _names_a_key(error, config.model):
-                raise _refused("model", config.model, error) from error
+                raise refused("model", config.model, error) from error
             raise ConfigError(f"budget.to={budget.to}: {error}") from error
     else:
         target = float(budget.to)
@@ -305,7 +303,7 @@ def _widths(config: TrainConfig) -> tuple[int, ...]:
     try:
         _check_model(name, {key: config.model[key] for key in ("width", "depth") if key in config.model})
     except ValueError as error:
-        raise _refused("model", config.model, error) from error
+        raise refused("model", config.model, error) from error
     width, depth = (int(config.model.get(key, parameters[key].default)) for key in ("width", "depth"))
     return (width,) * depth
 
@@ -326,7 +324,7 @@ def _own_count(config: TrainConfig, layer: dict[str, Any], task: Task) -> int | 
                     _count(config, layer, task, (width,) * len(own))
                     return error
         group, values = ("model", config.model) if _names_a_key(error, config.model) else ("layer", layer)
-        raise _refused(group, values, error) from error
+        raise refused(group, values, error) from error
 
 
 def _chosen_layer(config: TrainConfig, match: Match | None) -> dict[str, Any]:
@@ -353,7 +351,7 @@ def _swapped(
         with torch.device(device):
             model: Any = _build(config, layer, task, None)
     except (ValueError, TypeError) as error:
-        raise _refused("model", config.model, error) from error
+        raise refused("model", config.model, error) from error
     return model, swap_in(model, config, layer, example_batch(task, 1))
 
 
@@ -413,129 +411,6 @@ def build_model(
         return _build(config, layer, task, match.widths if match else None)
 
     return build_stacked(build, range(config.seed, config.seed + task.seeds)) if task.seeds > 1 else build(), match
-
-
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of timm over the parameters that are trained, or `lbfgs`: torch's.
-
-    Vectors, as biases and norms, are not decayed, nor what the `no_weight_decay()` of the model or of a module in it
-    names.
-
-    Raises:
-        ConfigError: If there is no such optimizer, or it does not take an option.
-    """
-    if config.name == "lbfgs":
-        return _build_lbfgs(config, model)
-    import timm.optim
-
-    names = ["lbfgs", *map(str, timm.optim.list_optimizers())]  # type: ignore[attr-defined]
-    if config.name not in names:
-        raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, names)}")
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
-    try:
-        with _asked_of_all(model):
-            return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
-                model,
-                opt=config.name,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                **options,
-            )
-    except (TypeError, ValueError) as error:
-        raise _refused("optimizer", vars(config), error) from error
-
-
-@contextmanager
-def _asked_of_all(model: nn.Module) -> Iterator[None]:
-    """Lets `model.no_weight_decay()`, which timm asks of the model alone, answer for the layers in it too."""
-    names = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
-        if callable(method := getattr(module, "no_weight_decay", None))
-        for name in method()
-    }
-    vars(model)["no_weight_decay"] = lambda: names
-    try:
-        yield
-    finally:
-        del vars(model)["no_weight_decay"]
-
-
-def _build_lbfgs(config: OptimizerConfig, model: nn.Module) -> torch.optim.LBFGS:
-    """torch's L-BFGS, with a strong Wolfe line search unless the options say otherwise. `momentum` is not its own."""
-    options: dict[str, Any] = {"line_search_fn": "strong_wolfe", **config.options}
-    wrong = f"optimizer.options.{{}}={{}}: must be {{}} (optimizer {config.name})"
-    for key in ("max_iter", "max_eval", "history_size"):
-        value = options.get(key, 1)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not whole and not (key == "max_eval" and value is None):
-            raise ConfigError(wrong.format(key, value, f"a whole number, 1 or more, as optimizer.options.{key}=20"))
-    for key in ("tolerance_grad", "tolerance_change"):
-        value = options.get(key, 0.0)
-        if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-            raise ConfigError(wrong.format(key, value, f"0 or more, as optimizer.options.{key}=1e-9"))
-    if (value := options["line_search_fn"]) not in ("strong_wolfe", None):
-        raise ConfigError(wrong.format("line_search_fn", value, "strong_wolfe, or null for steps of size lr"))
-    try:
-        return torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=config.lr, **options)
-    except (TypeError, ValueError) as error:
-        raise _refused("optimizer", vars(config), error) from error
-
-
-def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Gives a new optimizer of the same configuration what the old one knows of the parameters that both have.
-
-    Its groups, of which there are as many unless the last parameter of one has gone, get the old ones' learning rate
-    and counters. L-BFGS knows nothing of single parameters.
-    """
-    if isinstance(new, torch.optim.LBFGS):
-        new.param_groups[0]["lr"] = old.param_groups[0]["lr"]
-        return
-    if len(new.param_groups) == len(old.param_groups):
-        for group, before in zip(new.param_groups, old.param_groups, strict=True):
-            group |= {key: value for key, value in before.items() if key != "params"}
-    for parameter in (p for group in new.param_groups for p in group["params"]):
-        if parameter in old.state:
-            new.state[parameter] = old.state[parameter]
-
-
-class Schedule:
-    """Sets the learning rate from the part of the budget that is spent, so that it needs no state of its own.
-
-    Args:
-        config: The schedule.
-        optimizer: Whose groups' `lr` is set.
-        resolution: Number of equal parts of the budget that have a rate each: its steps, if it is counted in steps.
-    """
-
-    def __init__(self, config: SchedulerConfig, optimizer: torch.optim.Optimizer, resolution: int):
-        import timm.scheduler
-
-        self.resolution = resolution
-        warmup = round(config.warmup * resolution)
-        if config.name == "none":
-            # timm has no constant schedule: a step that is never reached.
-            name, decay_every = "step", 2 * resolution
-        else:
-            name, decay_every = config.name, max(1, round(config.decay_every * resolution))
-        self.scheduler, _ = timm.scheduler.create_scheduler_v2(  # type: ignore[attr-defined]
-            optimizer,
-            sched=name,
-            num_epochs=resolution,
-            decay_epochs=decay_every,
-            decay_milestones=[round(m * resolution) + 1 for m in config.milestones],  # timm decays one step early
-            decay_rate=config.decay_rate,
-            min_lr=config.min_lr,
-            warmup_epochs=warmup,
-            warmup_lr=optimizer.param_groups[0]["lr"] / (warmup + 1),
-            warmup_prefix=False,
-        )
-        assert self.scheduler is not None
-
-    def set(self, fraction: float) -> None:
-        """Sets the rate for a step that begins when `fraction` of the budget is spent."""
-        self.scheduler.step(round(fraction * self.resolution))
 
 
 def example_batch(task: Task, size: int) -> Tensor:

@@ -464,7 +464,7 @@ def _check_baseline(config: TrainConfig) -> None:
 def _check_optimizer(config: TrainConfig) -> None:
     from torch import nn
 
-    from archzoo.training.build import build_optimizer
+    from archzoo.training.optimizing import build_optimizer
 
     known = {path.stem for path in (config_folder() / "optimizer").glob("*.yaml")}
     if config.optimizer.options or config.optimizer.name not in known:

@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from archzoo.tasks.task import Task
 from archzoo.training import distributed
 from archzoo.training.build import (
-    Schedule,
-    build_optimizer,
-    carry_over,
     example_batch,
     recompute_blocks,
     resolve_device,
@@ -49,6 +46,7 @@ from archzoo.training.config import (
 )
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
 from archzoo.training.diagnose import Divergence, diagnose
+from archzoo.training.optimizing import Schedule, build_optimizer, carry_over
 
 log = logging.getLogger("archzoo")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,9 +12,9 @@ from torch import nn
 
 from archzoo.tasks.task import Task
 from archzoo.training import distributed
-from archzoo.training.build import build_optimizer
 from archzoo.training.config import AUTO, ConfigError, TrainConfig
 from archzoo.training.data import BatchOrder, train_batches
+from archzoo.training.optimizing import build_optimizer
 
 log = logging.getLogger("archzoo")
 PART = 0.8  # of the memory that is free: evaluations, loaders and other processes want some too

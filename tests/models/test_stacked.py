@@ -10,8 +10,8 @@ from torch import nn
 from archzoo import create_layer
 from archzoo.layers.arithmetic import NAC, NAU, NMU, SparsitySchedule
 from archzoo.models.stacked import Stacked, build_stacked, finite_sum
-from archzoo.training.build import build_optimizer
 from archzoo.training.config import OptimizerConfig
+from archzoo.training.optimizing import build_optimizer
 
 SEEDS = range(3, 8)
 

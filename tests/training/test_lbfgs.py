@@ -10,11 +10,11 @@ from torch import nn
 import archzoo
 from archzoo.tasks.functions import Functions
 from archzoo.training import cli
-from archzoo.training.build import build_optimizer
 from archzoo.training.callbacks import Callback, GridUpdate
 from archzoo.training.checkpoint import load_checkpoint, save_checkpoint
 from archzoo.training.config import ConfigError
 from archzoo.training.loop import Diverged, Interrupted, Trainer
+from archzoo.training.optimizing import build_optimizer
 from tests.training.support import Blobs, make_config
 
 OPTIONS = {"max_iter": 4, "history_size": 3}

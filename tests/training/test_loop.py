@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from archzoo.training.build import build_optimizer
 from archzoo.training.callbacks import Callback
 from archzoo.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from archzoo.training.config import ConfigError
 from archzoo.training.loop import Diverged, Interrupted, Trainer
+from archzoo.training.optimizing import build_optimizer
 from tests.training.support import Blobs, make_config
 
 
