@@ -298,13 +298,14 @@ def _report(plan: Plan, began: float) -> int:
     root, folders = Path(plan.configs[0].output_dir), plan.folders()
     records = [read_record(folder) for folder in folders]
     statuses = [record["status"] if record else "missing" for record in records]
-    if plan.multirun:
-        _print_comparison(root)
+    unwritten = _print_comparison(root) if plan.multirun else None
     _print_places(root, folders, plan, statuses, time.monotonic() - began)
     troubles = [record.get("checkpoint_error") if record else None for record in records]
     for record, trouble in zip(records, troubles, strict=True):
         if record and trouble:
             print(f"error: {record['name']}: {trouble}", file=sys.stderr)
+    if unwritten is not None:
+        print(f"error: {unwritten}; with room there: archzoo report {root}", file=sys.stderr)
     if _stop_signal:
         return _stopped()
     ended = [
@@ -318,6 +319,8 @@ def _report(plan: Plan, began: float) -> int:
         return EXIT_CHECKPOINT
     if ended:
         return EXIT_DATA
+    if unwritten is not None:
+        return EXIT_FAILED
     return EXIT_DIVERGED if "diverged" in statuses else 0
 
 
@@ -325,13 +328,18 @@ def _stopped() -> int:
     return 128 + (signal.SIGINT if _stop_signal[0] == signal.SIGINT else signal.SIGTERM)
 
 
-def _print_comparison(root: Path) -> None:
+def _print_comparison(root: Path) -> str | None:
+    """The table, and the report's files; why they cannot be written, if so. The runs are safe, and have all of it."""
     from archzoo.__main__ import print_table
     from archzoo.report import write_report
 
     print()
     print_table(root, None)
-    write_report(root)
+    try:
+        write_report(root)
+    except OSError as error:
+        return f"{error.filename or root}: the report cannot be written ({error.strerror})"
+    return None
 
 
 def _print_places(root: Path, folders: list[Path], plan: Plan, statuses: list[str], seconds: float) -> None:
@@ -352,7 +360,8 @@ def _print_places(root: Path, folders: list[Path], plan: Plan, statuses: list[st
     if tracker.tensorboard:
         print(f"TensorBoard: tensorboard --logdir {root}")
     if set(counts) != {"done"}:
-        again = "the same command goes on" if _stop_signal else "sweep.retry_failed=true trains the others again"
+        goes_on = _stop_signal or set(counts) <= {"done", "interrupted"}
+        again = "the same command goes on" if goes_on else "sweep.retry_failed=true trains the others again"
         print(f"not all runs are done: {again}")
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from archzoo.training import checkpoint, saving
+from archzoo.report import write
+from archzoo.training import checkpoint, cli, saving
 from archzoo.training.checkpoint import list_checkpoints
 from archzoo.training.config import ConfigError, validate
 from archzoo.training.run import execute
@@ -118,6 +119,23 @@ def test_lines_that_a_full_disk_refuses_wait_and_none_is_torn(tmp_path):
     assert lines.sync() == 6 * 9
     lines.close()
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == list(range(6))
+
+
+def test_a_report_that_a_full_disk_refuses_is_told_with_the_command_that_writes_it(tmp_path, monkeypatch, capsys):
+    fast = ["task=digits", "trainer.steps=1", "trainer.epochs=null", "tracker=none"]
+    arguments = ["layer=linear", "seed=0,1", f"output_dir={tmp_path}", *fast]
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_atomically", lambda *a: _raise(errno.ENOSPC))
+        assert cli.main(arguments) == cli.EXIT_FAILED
+    said = capsys.readouterr()
+    assert (
+        f"the report cannot be written (No space left on device); with room there: archzoo report {tmp_path}"
+        in said.err
+    )
+    assert "Traceback" not in said.err
+    assert "2 done" in said.out
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "report.html").stat().st_size > 1000
 
 
 def test_a_log_on_a_full_disk_is_left_out_and_said_once(tmp_path, capfd):
