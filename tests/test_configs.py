@@ -165,6 +165,7 @@ GPU["induction_heads_paper"].append("task.test_lengths=[64]")
 for name in ("ngpt_vs_gpt_large", "mamba_vs_attention_large"):
     GPU[name] += ["callbacks.sample_text.length=20", "trainer.eval_batch_size=1", "task.context=256", "model.depth=2"]
 LARGE = {
+    "aptx_mnist_scaled",
     "bpu_cifar10",
     "capsules_multi_mnist",
     "vikanformer_mnist",

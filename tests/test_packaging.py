@@ -182,7 +182,11 @@ def test_importing_archzoo_alone_loads_not_even_torch():
 
 
 @pytest.mark.parametrize(
-    "code", ["import archzoo.layers; dir(archzoo.layers)", "import archzoo; archzoo.list_layers()"], ids=["dir", "list"]
+    "code",
+    [
+        pytest.param("import archzoo.layers; dir(archzoo.layers)", id="dir", marks=pytest.mark.slow),
+        pytest.param("import archzoo; archzoo.list_layers()", id="list"),
+    ],
 )
 def test_looking_at_the_layers_loads_torch_and_nothing_heavy(code):
     """Neither the packages of the training side nor torch's compiler: what is loaded is what torch itself loads."""

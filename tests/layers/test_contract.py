@@ -502,7 +502,7 @@ def test_rows_do_not_mix_and_a_batch_is_the_sum_of_its_parts(case):
 # --- Values and gradients ---------------------------------------------------------------------------------------------
 
 
-@every_layer()
+@every_layer(sampled=True)
 def test_gradients_pass_gradcheck(case):
     layer = case.generic(small=True, dtype=torch.float64)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -515,7 +515,7 @@ def test_gradients_pass_gradcheck(case):
     assert torch.autograd.gradcheck(call, tuple(t.requires_grad_() for t in inputs), fast_mode=large)
 
 
-@every_layer()
+@every_layer(sampled=True)
 def test_double_backward_passes_gradgradcheck(case):
     layer = case.generic(small=True, dtype=torch.float64)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -590,7 +590,7 @@ def test_two_runs_agree_bit_for_bit(case):
     assert_same_bits(first, layer_value_and_grads(twin, x, dy), "another layer of the same seed")
 
 
-@every_layer()
+@every_layer(sampled=True)
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(case):
     x = case.x(64)
     torch.manual_seed(1)
