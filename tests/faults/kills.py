@@ -2,11 +2,13 @@
 
 import random
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from archzoo.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from archzoo.training.run_folder import read_record
 from tests.faults.support import finish, kill, outcome, run_folder, start, train, wait_for
 
 SLOW = 0.004  # seconds between the parts of a file, so that a kill falls between them
@@ -25,7 +27,7 @@ def killed_run(folder: Path, seed: int, rng: random.Random, kills: int, undistur
     newest = ""  # before the process that runs
 
     while True:
-        resumptions = len(_resumed(log))
+        resumptions, done = len(_resumed(log)), _is_done(run)
         slow = rng.random() < 0.5
         process = start(train, folder, seed, folder=folder, slow_save=SLOW if slow else 0.0)
         if counts["kills"] < kills:
@@ -40,8 +42,8 @@ def killed_run(folder: Path, seed: int, rng: random.Random, kills: int, undistur
                 counts["kills"] += 1
         code = finish(process)
         resumed = _resumed(log)[resumptions:]
-        if (resumed or code == 0) and newest:
-            counts["lost"] += resumed != [newest]
+        if (resumed or code == 0) and newest:  # of a run that was killed when it was done, nothing is resumed
+            counts["lost"] += _differ("resumed from", resumed, [] if done else [newest])
         if code == 0:
             break
         if code != -9:
@@ -53,10 +55,22 @@ def killed_run(folder: Path, seed: int, rng: random.Random, kills: int, undistur
             except CheckpointError:
                 counts["unreadable"] += 1
         newest = next((path.name for path in list_checkpoints(checkpoints)), "")
-    counts["lost"] += outcome(run) != undisturbed
+    counts["lost"] += _differ("ended with", outcome(run), undisturbed)
     counts["left_behind"] += len(list(run.rglob("*.tmp-*")))
     shutil.rmtree(run)
     return counts
+
+
+def _is_done(run: Path) -> bool:
+    record = read_record(run)
+    return record is not None and record["status"] == "done"
+
+
+def _differ(what: str, found: Any, wanted: Any) -> bool:
+    """Whether the two do, and if so says how."""
+    if found != wanted:
+        print(f"{what} {found}, not {wanted}", file=sys.stderr)
+    return bool(found != wanted)
 
 
 def _resumed(log: Path) -> list[str]:
