@@ -207,7 +207,7 @@ def measure(op: Op, size: Size, dtype: torch.dtype, device: Device, part: str = 
     wanted = values(ours)
     runners = {OURS: ours}
     said[OURS] = {}
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # or the cases together come to its limit of recompilations
     for name, build, reason in _others(op, size, device, part, inputs):
         if reason is None:
             said[name], runner = _try(name, build, wanted)

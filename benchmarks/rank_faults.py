@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--record", action="store_true", help=f"write {FILE.name}")
     args = parser.parse_args(argv)
+    if args.points < 1 or args.torchrun < 0:
+        parser.error(f"--points {args.points} --torchrun {args.torchrun}: must be 1 or more, and 0 or more")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         forks, whole = forked(args.points, Path(folder)), commands(args.torchrun, Path(folder))

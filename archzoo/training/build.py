@@ -356,16 +356,17 @@ def _swapped(
 
 
 def check_model(config: TrainConfig, task: Task, match: Match | None, callbacks: Sequence["Callback"]) -> None:
-    """Refuses callbacks that cannot work with the model, before anything is written.
+    """Refuses what cannot be done with the model, before anything is written.
 
     Raises:
-        ConfigError: As they say, or if nothing of the model can be computed again.
+        ConfigError: As callbacks say, if nothing of the model can be computed again, or if it cannot be spread.
     """
+    trainer = config.trainer
+    if not callbacks and not trainer.checkpoint_activations and trainer.strategy != "fsdp":
+        return
     layer = _chosen_layer(config, match)
     for callback in callbacks:
         layer |= callback.prepare(config, match)
-    if not callbacks and not config.trainer.checkpoint_activations:
-        return
     if "library" in config.model:
         model = _trial(config, layer, task)[0]
     else:
@@ -373,8 +374,19 @@ def check_model(config: TrainConfig, task: Task, match: Match | None, callbacks:
             model = _build(config, layer, task, match.widths if match else None)
     for callback in callbacks:
         callback.check(config, task, model)
-    if config.trainer.checkpoint_activations:
+    if trainer.strategy == "fsdp":
+        check_sharding(config, task, model)
+    if trainer.checkpoint_activations:
         recompute_blocks(model)
+
+
+def check_sharding(config: TrainConfig, task: Task, model: nn.Module) -> None:
+    """A ConfigError if the task asks the model for more than its output, for which its parameters must be whole."""
+    if not task.compilable or hasattr(model, "training_loss"):
+        raise ConfigError(
+            f"trainer.strategy=fsdp: model={config.model['name']} is asked for more than its output by task "
+            f"{config.task['name']}, when its parameters are not there as a whole; set trainer.strategy=ddp"
+        )
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from archzoo.tasks.task import Task
 from archzoo.training import distributed
 from archzoo.training.build import (
+    check_sharding,
     example_batch,
     recompute_blocks,
     resolve_device,
@@ -133,11 +134,8 @@ class Trainer:
         self.device = resolve_device(t.device)
         self.dtype = torch.float64 if t.precision == "float64" else torch.float32
         self.sharded = t.strategy == "fsdp" and distributed.initialized()
-        if self.sharded and (not task.compilable or hasattr(model, "training_loss")):
-            raise ConfigError(
-                f"trainer.strategy=fsdp: model={config.model['name']} is asked for more than its output by task "
-                f"{config.task['name']}, when its parameters are not there as a whole; set trainer.strategy=ddp"
-            )
+        if self.sharded:
+            check_sharding(config, task, model)
         self.model = self._with_shared_statistics(model.to(self.dtype))
         if t.checkpoint_activations:
             recompute_blocks(self.model)

@@ -25,13 +25,13 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         return _build_lbfgs(config, model)
     import timm.optim
 
-    names = ["lbfgs", *map(str, timm.optim.list_optimizers())]  # type: ignore[attr-defined]
+    names = ["lbfgs", *map(str, timm.optim.list_optimizers())]  # type: ignore[attr-defined]  # timm does not say that it exports it
     if config.name not in names:
         raise ConfigError(f"optimizer.name={config.name}: no such optimizer, {suggest(config.name, names)}")
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
         with _asked_of_all(model):
-            return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]
+            return timm.optim.create_optimizer_v2(  # type: ignore[attr-defined]  # likewise
                 model,
                 opt=config.name,
                 lr=config.lr,
@@ -116,7 +116,7 @@ class Schedule:
             name, decay_every = "step", 2 * resolution
         else:
             name, decay_every = config.name, max(1, round(config.decay_every * resolution))
-        self.scheduler, _ = timm.scheduler.create_scheduler_v2(  # type: ignore[attr-defined]
+        self.scheduler, _ = timm.scheduler.create_scheduler_v2(  # type: ignore[attr-defined]  # likewise
             optimizer,
             sched=name,
             num_epochs=resolution,

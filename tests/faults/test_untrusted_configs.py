@@ -75,7 +75,7 @@ IN_AN_EXPERIMENT = {
     "target swept": ("hydra: {mode: MULTIRUN, sweeper: {params: {+task._target_: evil.spring}}}", "task._target_"),
     "folder swept": ("hydra: {mode: MULTIRUN, sweeper: {params: {output_dir: ../outside}}}", "output_dir=../outside"),
     "output_dir above": ("output_dir: ../outside", "output_dir=../outside"),
-    "output_dir absolute": ("output_dir: /tmp/archzoo-outside", "output_dir=/tmp/archzoo-outside"),
+    "output_dir absolute": ("output_dir: /outside/archzoo", "output_dir=/outside/archzoo"),
     "output_dir by a name": ("name: ../outside", "outside"),
     "data_dir above": ("data_dir: ..", "data_dir=.."),
     "a secret": ("tracker: {tags: []}\noptimizer: {options: {api_key: hunter2}}", "optimizer.options.api_key=…"),

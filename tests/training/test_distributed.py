@@ -14,8 +14,8 @@ from torch import nn
 
 import archzoo
 from archzoo.training import distributed
-from archzoo.training.build import build_model, build_task
-from archzoo.training.config import process_errors
+from archzoo.training.build import build_model, build_task, check_model
+from archzoo.training.config import ConfigError, process_errors
 from archzoo.training.loop import Trainer
 from archzoo.training.run import execute, load_model, make_callbacks
 from tests.training.processes import together
@@ -109,6 +109,8 @@ def test_what_asks_more_of_a_model_than_its_output_is_trained_by_several(model, 
     ranks = together(2, trained, config)
     assert ranks[1]["lines"] == ranks[0]["lines"]
     sharded = make_config(model=model, task=task, layer=layer, trainer={"steps": 2, "strategy": "fsdp"})
+    with pytest.raises(ConfigError, match="trainer.strategy=fsdp"):  # before anything is written
+        check_model(sharded, build_task(sharded), None, [])
     for record in together(2, execute, replace(sharded, output_dir=str(tmp_path))):
         assert record["status"] == "failed"
         assert "trainer.strategy=fsdp" in record["error"]
