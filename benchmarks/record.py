@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from archzoo.report import load_comparison, rank
-from archzoo.report.load import Comparison
+from archzoo.report.contestants import Comparison
 from archzoo.report.ranking import Row, default_baseline, standings
 from archzoo.report.reaching import EqualScore
 from archzoo.report.scaling import Series, all_series

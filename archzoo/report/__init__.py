@@ -7,8 +7,10 @@ Nothing here imports torch, and numpy, scipy, matplotlib, rich and jinja2 are im
 
 from archzoo.report.compare import Change, compare, compare_reports
 from archzoo.report.console import console_table
-from archzoo.report.load import Budget, Comparison, Contestant, Divergence, Run, load_comparison
+from archzoo.report.contestants import Comparison, Contestant
+from archzoo.report.load import load_comparison
 from archzoo.report.ranking import Row, TaskFigure, rank
+from archzoo.report.runs import Budget, Divergence, Run
 from archzoo.report.stats import Interval
 from archzoo.report.write import write_report
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIGURES = "figures"
+"""Folder of a report's pictures."""
 WIDTH, HEIGHT = 520.0, 340.0
 FONT_SIZE = 12.0
 SMALL = 11.0
@@ -71,6 +73,11 @@ class Picture:
     svg: str
     wide: bool = False
     """Whether it is as wide as the page."""
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the comparison's folder."""
+        return f"{FIGURES}/{self.name}.svg"
 
 
 def inline(picture: Picture) -> str:
@@ -202,6 +209,25 @@ def thousands_tick(value: float, _: object = None) -> str:
     if value and not 9.99e-4 <= abs(value) < 1e6:
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def ticks(axes: "Axes", log_x: bool, log_y: bool) -> None:
+    """Frame and ticks of a cost at the x axis and a score at the y axis, whose limits are set."""
+    if log_x:
+        log_axis(axes, "x")
+    else:
+        axes.xaxis.set_major_formatter(thousands_tick)
+        axes.xaxis.set_major_locator(few_ticks())
+    if log_y:
+        log_axis(axes, "y")
+    else:
+        axes.yaxis.set_major_formatter(plain_tick)
+    draw_frame(axes)
+
+
+def against(cost: str) -> str:
+    """What a picture of the score against a cost is called."""
+    return f"Score against {cost if cost.startswith('FLOP') else cost[0].lower() + cost[1:]}"
 
 
 def end_labels(

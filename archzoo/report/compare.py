@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archzoo.report.console import COLUMNS, fitted_table
+from archzoo.report.contestants import Comparison
+from archzoo.report.facts import setting
 from archzoo.report.files import write_atomically
-from archzoo.report.load import Comparison, comparison_of, label_tasks, load_comparison
-from archzoo.report.plots import styles
+from archzoo.report.formatting import NOTHING, Scale, duration, listing, p_text, p_words, plural, times
+from archzoo.report.load import comparison_of, label_tasks, load_comparison
+from archzoo.report.looks import styles
+from archzoo.report.markdown import markdown_table, text_markdown
+from archzoo.report.page import render
 from archzoo.report.ranking import Row, default_baseline, improves, rank
+from archzoo.report.settings import shared_settings
 from archzoo.report.sheets import Cell, Sheet
 from archzoo.report.stats import (
     ALPHA,
@@ -21,20 +27,7 @@ from archzoo.report.stats import (
     sign_flip_p,
     welch_interval,
 )
-from archzoo.report.wording import (
-    NOTHING,
-    Scale,
-    duration,
-    listing,
-    p_text,
-    plural,
-    score_name,
-    setting,
-    shared_settings,
-    statuses_text,
-    times,
-)
-from archzoo.report.write import markdown_table, render, text_markdown
+from archzoo.report.wording import score_name, statuses_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,7 +168,7 @@ def _sheet(changes: Sequence[Change], a: Comparison, b: Comparison, name_a: str,
                 if interval.low is not None
                 else Cell(scale.value(interval.mean, sign=True), "no CI")
             )
-            told = f"p = {p_text(change.p_holm)}".replace("= <", "<") if change.p_holm is not None else "untested"
+            told = p_words(change.p_holm) if change.p_holm is not None else "untested"
             if change.tie:
                 cells.append(Cell("tie", told, "tie"))
             else:

@@ -4,25 +4,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from archzoo.report.load import Comparison
+from archzoo.report.contestants import Comparison
+from archzoo.report.formatting import NOTHING, Scale, duration, p_text, plural, si, size
 from archzoo.report.ranking import DEFAULT_BASELINE, Row, rank, standings
 from archzoo.report.samples import samples
 from archzoo.report.scaling import all_series
 from archzoo.report.sheets import against_baseline, matrix_sheet
-from archzoo.report.wording import (
-    NOTHING,
-    Scale,
-    duration,
-    equal_score,
-    exponents_of,
-    p_text,
-    plural,
-    score_name,
-    si,
-    size,
-    statuses_text,
-    verdict,
-)
+from archzoo.report.verdict import verdict
+from archzoo.report.wording import equal_score, exponents_of, score_name, statuses_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from archzoo.report.load import Comparison, Run, flatten
+from archzoo.report.contestants import Comparison
+from archzoo.report.markdown import markdown_table, text_markdown
 from archzoo.report.ranking import MEMORY_KINDS
+from archzoo.report.runs import Run
+from archzoo.report.sections import Overview, Section
+from archzoo.report.settings import flatten
 from archzoo.report.sheets import Sheet
 from archzoo.report.wording import score_name
-from archzoo.report.write import Overview, Section, markdown_table, text_markdown
 
 COSTS = {
     "parameters": "parameters",

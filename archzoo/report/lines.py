@@ -14,23 +14,21 @@ from archzoo.report.canvas import (
     WIDTH,
     Picture,
     Style,
-    draw_frame,
+    against,
     draw_line,
-    few_ticks,
     fraction,
-    log_axis,
     new_axes,
     new_figure,
-    plain_tick,
     text_width,
-    thousands_tick,
+    ticks,
     to_svg,
 )
-from archzoo.report.load import Comparison
+from archzoo.report.contestants import Comparison
+from archzoo.report.formatting import Scale
 from archzoo.report.placing import spread
 from archzoo.report.ranking import Row
 from archzoo.report.scaling import PowerLaw, Series
-from archzoo.report.wording import Scale, exponent, score_label
+from archzoo.report.wording import exponent, score_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +80,7 @@ def score_lines(
     width = max(max(text_width(text, SMALL) for text in both) for both in labels) + 44
     figure, axes = new_axes(WIDTH, HEIGHT, 60, width, 12, 48)
     log_x, log_y = _limits(axes, lines, comparison.mode)
-    _ticks(axes, log_x, log_y)
+    ticks(axes, log_x, log_y)
     for line in reversed(lines):
         _draw(axes, line, fitted and log_x and log_y)
     _labels(figure, axes, lines, labels)
@@ -91,7 +89,7 @@ def score_lines(
     caption = "Medians over seeds; the bar spans the lowest to the highest seed."
     if any(told for _, told in labels):
         caption += " Dotted: the power law through all points, score ~ parameters^-α, ± standard error of α."
-    what = f"Score against {title[0].lower() if not title.startswith('FLOP') else 'F'}{title[1:]}"
+    what = against(title)
     return Picture(f"score-{name}", what, caption, to_svg(figure, what))
 
 
@@ -131,7 +129,7 @@ def small_multiples(
         box = (x / WIDE, y / height, (step_x - _GUTTER - (0 if shared else 24)) / WIDE, PANEL / height)
         axes = figure.add_axes(box)
         log_x, log_y = _limits(axes, everything if shared else lines, comparison.mode)
-        _ticks(axes, log_x, log_y)
+        ticks(axes, log_x, log_y)
         for line in reversed(lines):
             _draw(axes, line, log_x and log_y)
         told = [("", f"{line.law.exponent:z.1f}" if line.law else "") for line in lines]
@@ -185,19 +183,6 @@ def _limits(axes: "Axes", lines: Sequence[_Line], mode: str) -> tuple[bool, bool
     margin = 0.06 * (max(ys) - min(ys)) or 0.06 * abs(max(ys)) or 1.0
     axes.set_ylim((min(ys) / ratio, max(ys) * ratio) if log_y else (min(ys) - margin, max(ys) + margin))
     return log_x, log_y
-
-
-def _ticks(axes: "Axes", log_x: bool, log_y: bool) -> None:
-    if log_x:
-        log_axis(axes, "x")
-    else:
-        axes.xaxis.set_major_formatter(thousands_tick)
-        axes.xaxis.set_major_locator(few_ticks())
-    if log_y:
-        log_axis(axes, "y")
-    else:
-        axes.yaxis.set_major_formatter(plain_tick)
-    draw_frame(axes)
 
 
 def _draw(axes: "Axes", line: _Line, with_law: bool) -> None:

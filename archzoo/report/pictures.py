@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from archzoo.report.contestants import Comparison
 from archzoo.report.files import read_own
-from archzoo.report.load import Comparison, Run, clean
+from archzoo.report.runs import Run
 from archzoo.report.samples import best_first
+from archzoo.report.values import clean
 
 FOLDER = "pictures"
 """Of a run's folder, where they are."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TypeVar
 
-from archzoo.report.load import Budget, Comparison, Contestant, Run
+from archzoo.report.contestants import Comparison, Contestant
 from archzoo.report.reaching import Curves, EqualScore, equal_score
+from archzoo.report.runs import Budget, Run
 from archzoo.report.stats import ALPHA, Interval, holm, mean_interval, sign_flip_p, wilson
 from archzoo.report.tuning import Tuning
 
@@ -156,6 +157,11 @@ def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         out.setdefault(row.size, []).append(row)
     return out
+
+
+def baseline_row(rows: Iterable[Row]) -> Row | None:
+    """The first row that the others are tested against; None where there is no baseline."""
+    return next((row for row in rows if row.baseline), None)
 
 
 @dataclass(frozen=True, slots=True)

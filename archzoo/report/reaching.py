@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from archzoo.report.load import Contestant, Run, number
+from archzoo.report.contestants import Contestant
+from archzoo.report.runs import Run
 from archzoo.report.stats import Interval, mean_interval
+from archzoo.report.values import number
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 
 from archzoo.names import visible
+from archzoo.report.contestants import Comparison, Contestant
 from archzoo.report.files import read_own
-from archzoo.report.load import Comparison, Contestant, Run
+from archzoo.report.runs import Run
 
 LONGEST = 600
 """Characters of a text that are shown: a report is no anthology."""

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archzoo.report.load import Comparison
+from archzoo.report.contestants import Comparison
 from archzoo.report.ranking import Row
 
 

@@ -3,28 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from archzoo.report.load import Comparison, Run
-from archzoo.report.ranking import MEMORY_KINDS, Row, Standing, by_size, standings
+from archzoo.report.contestants import Comparison
+from archzoo.report.formatting import NOTHING, RATIO, Scale, count, duration, p_words, si, size, times
+from archzoo.report.ranking import MEMORY_KINDS, Row, Standing, baseline_row, by_size, standings
 from archzoo.report.reaching import EqualScore
+from archzoo.report.runs import LOST, Run
 from archzoo.report.scaling import Series
 from archzoo.report.stats import Interval
 from archzoo.report.tuning import Trial
-from archzoo.report.wording import (
-    NOTHING,
-    RATIO,
-    Scale,
-    count,
-    duration,
-    exponent,
-    p_text,
-    ratio_text,
-    reached_text,
-    score_name,
-    si,
-    size,
-    statuses_text,
-    times,
-)
+from archzoo.report.wording import exponent, ratio_text, reached_text, score_name, statuses_text
 
 EQUAL = ("Steps to equal score", "Seconds to equal score")
 """Columns of the table of costs, where there are validation curves and a baseline."""
@@ -69,7 +56,7 @@ def against_baseline(row: Row, mode: str) -> Cell:
 
 
 def _p(value: float | None) -> str:
-    return "untested" if value is None else f"p = {p_text(value)}".replace("= <", "<")
+    return "untested" if value is None else p_words(value)
 
 
 def against_leader(row: Row, rows: Sequence[Row]) -> Cell:
@@ -86,7 +73,7 @@ def against_leader(row: Row, rows: Sequence[Row]) -> Cell:
 def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, colours: dict[str, int]) -> Sheet:
     """Scores, differences, tests and statuses; of several sizes one after the other."""
     contests = by_size(rows)
-    base = next((row for row in rows if row.baseline), None)
+    base = baseline_row(rows)
     base_name = base.label if base and len(contests) == 1 else "the baseline"
     scored = sum(row.score is not None for row in rows)
     name = score_name(comparison)
@@ -133,7 +120,7 @@ def ranking_sheet(comparison: Comparison, rows: Sequence[Row], scale: Scale, col
             else:
                 whole = f"{figure.value:,.0f}" if abs(figure.value) >= 1000 else f"{figure.value:.4g}"
                 cells.append(Cell(whole, f"of {figure.count}"))
-        lost = row.score is None and any(row.statuses.get(status) for status in ("failed", "diverged", "unknown"))
+        lost = row.score is None and any(row.statuses.get(status) for status in LOST)
         cells.append(Cell(statuses_text(row.statuses), "", "bad" if lost else ""))
         if len(contests) > 1:
             cells = [_size(row.size) if row is contests[row.size][0] else Cell(""), *cells]
@@ -421,4 +408,4 @@ def _status(run: Run) -> Cell:
     if trouble is None:
         return Cell("done")
     detail = trouble.removeprefix(run.status).lstrip(": ")
-    return Cell(run.status, detail, "bad" if run.status in ("failed", "diverged", "unknown") else "tie")
+    return Cell(run.status, detail, "bad" if run.status in LOST else "tie")

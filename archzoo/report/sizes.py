@@ -4,18 +4,17 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from archzoo.report.load import Contestant
+from archzoo.report.contestants import Contestant
 
-Told: TypeAlias = "tuple[Contestant, Mapping[str, str], Mapping[str, str]]"
+Told: TypeAlias = tuple[Contestant, Mapping[str, str], Mapping[str, str]]
 """A contestant, its settings, and the short names of the keys in which contestants with its layer differ."""
 
 _BUDGET, _WIDTH = "budget.to", "model.width"
 
 
-def with_sizes(contestants: Sequence[Told]) -> "tuple[Contestant, ...]":
+def with_sizes(contestants: Sequence[Told]) -> tuple[Contestant, ...]:
     """Fills in `size` and `series`, and orders the contestants by task, size and label.
 
     The size is the count that the budget asks for, or the width where `model.width` differs. Contestants compete at

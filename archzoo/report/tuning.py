@@ -4,10 +4,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from archzoo.report.load import Run
+from archzoo.report.formatting import listing
+from archzoo.report.runs import Run
 
 _UNFINISHED = ("running", "interrupted")
 
@@ -18,7 +17,7 @@ class Trial:
 
     options: Mapping[str, str]
     """Short name of each tuned key -> its value."""
-    runs: "tuple[Run, ...]"
+    runs: tuple[Run, ...]
     scores: Mapping[int, float]
     """Seed -> validation score of the runs that count."""
     mean: float | None = None
@@ -141,9 +140,7 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _seeds(runs: Iterable["Run"]) -> str:
+def _seeds(runs: Iterable[Run]) -> str:
     """Seed 3; seeds 0 and 2."""
     names = list(dict.fromkeys("none" if run.seed is None else str(run.seed) for run in runs))
-    if len(names) == 1:
-        return f"seed {names[0]}"
-    return f"seeds {', '.join(names[:-1])} and {names[-1]}"
+    return f"{'seed' if len(names) == 1 else 'seeds'} {listing(names)}"

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from archzoo.report.contestants import Comparison
 from archzoo.report.dashboard import build_dashboard, can_be_sent, specs
 from archzoo.report.files import read_own, write_atomically
-from archzoo.report.load import Comparison, Run, load_comparison
+from archzoo.report.load import load_comparison
+from archzoo.report.runs import Run
+from archzoo.report.sections import report_overview, report_sections
 from archzoo.report.wandb_server import Unreachable, log_in, save, sync
-from archzoo.report.write import report_overview, report_sections, write_report
+from archzoo.report.write import write_report
 from archzoo.training.config import TrackerConfig
 from archzoo.training.trackers import tell_offline
 

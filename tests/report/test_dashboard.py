@@ -10,7 +10,7 @@ from PIL import Image
 from archzoo.__main__ import main
 from archzoo.report.dashboard import build_dashboard, specs
 from archzoo.report.load import load_comparison
-from archzoo.report.write import report_overview, report_sections
+from archzoo.report.sections import report_overview, report_sections
 from archzoo.training import dashboards
 from benchmarks._wandb_server import KEY, WandbServer
 

@@ -163,7 +163,7 @@ def test_what_the_page_has_no_room_for_it_shows_from_the_runs_folder(add, monkey
         for layer in ("kan", "linear", "nau"):
             folder = add(f"{layer}-{task}", 0, 0.9, {"maps": png()}, task=task)
     monkeypatch.setattr(module, "EMBEDDED", 0)
-    monkeypatch.setattr("archzoo.report.write.EMBEDDED", 4 * size + 1)
+    monkeypatch.setattr("archzoo.report.sections.EMBEDDED", 4 * size + 1)
     images = Page(page_of(folder)).images
     assert [image["src"].startswith("data:") for image in images] == [True] * 4 + [False] * 2
     assert all((folder / image["src"]).read_bytes() == png() for image in images[4:])

@@ -3,9 +3,11 @@ import json
 import pytest
 
 from archzoo.report import load_comparison, rank
+from archzoo.report.formatting import Scale
+from archzoo.report.methods import methods
 from archzoo.report.ranking import default_baseline
 from archzoo.report.stats import wilson
-from archzoo.report.wording import Scale, methods, verdict
+from archzoo.report.verdict import verdict
 
 SEPARABLE = {"linear": [0.90 + 0.001 * i for i in range(8)], "kan": [0.95 + 0.002 * i for i in range(8)]}
 

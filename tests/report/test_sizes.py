@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archzoo.report import load_comparison, rank, write_report
+from archzoo.report.formatting import Scale
 from archzoo.report.ranking import standings
 from archzoo.report.scaling import all_series, power_law
-from archzoo.report.wording import Scale, verdict
+from archzoo.report.verdict import verdict
 
 
 def steep(size, seed):

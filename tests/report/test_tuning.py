@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from archzoo.report import compare_reports, console_table, load_comparison, rank, write_report
-from archzoo.report.write import report_sections
+from archzoo.report.sections import report_sections
 from benchmarks import readme
 from benchmarks.record import comparison_record
 

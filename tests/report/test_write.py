@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from archzoo.report import console_table, load_comparison, write_report
-from archzoo.report.write import text_markdown
+from archzoo.report.markdown import text_markdown
 
 HOSTILE = "<b>&\"'|_*`$x^2$\\[](y)%#{~} é漢🙂"
 
