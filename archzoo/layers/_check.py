@@ -3,20 +3,40 @@
 import functools
 import inspect
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from archzoo.arguments import Rules, described, fits
 from archzoo.kernels._conv import check_input
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
-_LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PYTHON = Rules(
+    whole=Integral,
+    largest=2**63 - 1,
+    real=Real,
+    largest_number=torch.finfo(torch.float32).max,
+    finite=False,
+    sequence=Sequence,
+    longest=math.inf,
+    classes=True,
+    words={
+        int: "a whole number below 2^63",
+        float: "a number that float32 can hold",
+        bool: "True or False",
+        str: "a text",
+        type(None): "None",
+        Sequence: "a sequence",
+        Callable: "a function",
+    },
+    brackets="()",
+)
+"""Of an argument of a layer, which says itself which infinite numbers are right."""
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
@@ -26,8 +46,7 @@ def typed(init: Init) -> Init:
 
     So that no layer repeats it, and each checks but what its numbers and names may be. Without it `bias="no"` is true,
     and `device=[]` an error of torch that names neither argument nor layer. The layer's own checks come first, for they
-    say more. A whole number is no bool, a number is not NaN, a list does for a tuple; classes of ours are left to the
-    layer. A device may be one that is not there: `FakeTensorMode` has such.
+    say more. The rules are `PYTHON`. A device may be one that is not there: `FakeTensorMode` has such.
     """
     parameters = inspect.signature(init).parameters
     names = tuple(parameters)
@@ -69,8 +88,8 @@ def _check_types(given: Mapping[str, Any], parameters: Mapping[str, inspect.Para
         elif name == "dtype":
             if value is not None and value not in DTYPES:
                 raise ValueError(f"dtype={value!r}: must be one of {', '.join(map(str, DTYPES))}, or None")
-        elif not _fits(value, parameters[name].annotation):
-            raise ValueError(f"{name}={value!r}: must be {_described(parameters[name].annotation)}")
+        elif not fits(value, annotation := parameters[name].annotation, PYTHON):
+            raise ValueError(f"{name}={value!r}: must be {described(annotation, PYTHON)}")
 
 
 def _is_device(value: Any) -> bool:
@@ -83,56 +102,6 @@ def _is_device(value: Any) -> bool:
     return True
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if origin is Sequence:
-        fits = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return fits and all(_fits(v, parts[0]) for v in value)
-    if origin is Mapping:
-        return isinstance(value, Mapping)
-    if origin is Callable:
-        return callable(value)
-    if annotation in (int, float):
-        size: Any = abs(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-        if annotation is int or isinstance(value, Integral):
-            return isinstance(value, Integral) and size < 2**63
-        return size <= _LARGEST or size == math.inf
-    if annotation is str or origin is Literal:  # which of the names, the layer knows
-        return isinstance(value, str)
-    if annotation in (None, type(None)):
-        return value is None
-    ours = getattr(annotation, "__module__", "archzoo.").startswith("archzoo.")
-    return ours or not isinstance(annotation, type) or isinstance(value, annotation)
-
-
-_WORDS: dict[Any, str] = {
-    int: "a whole number below 2^63",
-    float: "a number that float32 can hold",
-    bool: "True or False",
-    str: "a text",
-    type(None): "None",
-}
-
-
-def _described(annotation: Any) -> str:
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, parts))
-    if origin is Literal:
-        return " or ".join(map(repr, parts))
-    if origin is tuple:
-        return f"({', '.join(map(_described, parts))})"
-    if origin is Sequence:
-        return f"a sequence, each {_described(parts[0])}"
-    if origin in (Mapping, Callable):
-        return "a mapping" if origin is Mapping else "a function"
-    return _WORDS.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"
-
-
 def check_whole(**values: Any) -> None:
     """A ValueError that names the first value that is not a whole number, 1 or more."""
     for name, value in values.items():
@@ -143,13 +112,17 @@ def check_whole(**values: Any) -> None:
 def check_positive(**values: Any) -> None:
     """A ValueError that names the first value that is not a finite number above 0."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not _is_number(value) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r}: must be a finite number above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_dropout(dropout: Any) -> None:
     """A ValueError unless it is a probability below 1."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r}: must be at least 0 and below 1")
 
 
