@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.arguments import check_types
+from archzoo.arguments import INFINITE, check_types
 from archzoo.budget import Match, count_flops, count_parameters, match_option, match_widths
 from archzoo.models.model import LayerFactory, models
 from archzoo.models.stacked import build_stacked
@@ -103,7 +103,7 @@ def _factory(layer: dict[str, Any]) -> LayerFactory:
     except ValueError as error:
         raise ConfigError(f"layer.name={name}: {error}") from error
     try:
-        check_types(factory.entry.cls, options, finite=False)
+        check_types(factory.entry.cls, options, INFINITE)
     except ValueError as error:
         raise refused("layer", layer, error) from error
     return factory
@@ -359,10 +359,10 @@ def check_model(config: TrainConfig, task: Task, match: Match | None, callbacks:
     """Refuses what cannot be done with the model, before anything is written.
 
     Raises:
-        ConfigError: As callbacks say, if nothing of the model can be computed again, or if it cannot be spread.
+        ConfigError: As callbacks say, or if nothing of the model can be computed again.
     """
     trainer = config.trainer
-    if not callbacks and not trainer.checkpoint_activations and trainer.strategy != "fsdp":
+    if not callbacks and not trainer.checkpoint_activations:
         return
     layer = _chosen_layer(config, match)
     for callback in callbacks:
@@ -374,19 +374,8 @@ def check_model(config: TrainConfig, task: Task, match: Match | None, callbacks:
             model = _build(config, layer, task, match.widths if match else None)
     for callback in callbacks:
         callback.check(config, task, model)
-    if trainer.strategy == "fsdp":
-        check_sharding(config, task, model)
     if trainer.checkpoint_activations:
         recompute_blocks(model)
-
-
-def check_sharding(config: TrainConfig, task: Task, model: nn.Module) -> None:
-    """A ConfigError if the task asks the model for more than its output, for which its parameters must be whole."""
-    if not task.compilable or hasattr(model, "training_loss"):
-        raise ConfigError(
-            f"trainer.strategy=fsdp: model={config.model['name']} is asked for more than its output by task "
-            f"{config.task['name']}, when its parameters are not there as a whole; set trainer.strategy=ddp"
-        )
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from archzoo.registry import Registry, get_layer, layer_options
 from archzoo.tasks.task import Task
 from archzoo.training import distributed
 from archzoo.training.config import ConfigError, TrainConfig
+from archzoo.training.spreading import whole_parameters
 
 if TYPE_CHECKING:
     from archzoo.training.loop import Trainer
@@ -25,8 +26,10 @@ class Callback:
     """Does nothing; a subclass overrides what it needs. Each method gets the trainer, whose attributes it may use.
 
     It must be a pure function of the step, or say what it remembers by `state_dict`, so that a run that is resumed ends
-    with the same bits. One that replaces, adds, removes, freezes or frees parameters calls
-    `trainer.rebuild_optimizer()` behind it, and says by `restore` how to do it again.
+    with the same bits. One that replaces, adds, removes, freezes or frees parameters does so inside
+    `trainer.restructuring()`, and says by `restore` how to do it again; one that writes to parameters, inside
+    `spreading.whole_parameters`; one that asks a model for more than its output asks `trainer.put_together(model)`.
+    These matter where the model is sharded.
     """
 
     def prepare(self, config: TrainConfig, match: Match | None) -> Mapping[str, Any]:
@@ -188,9 +191,11 @@ class GridUpdate(Callback):
                 hook = layer.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
                 trainer.model(inputs)
                 hook.remove()
+                trainer.reshard()
                 if captured:
-                    layer.update_grid(captured[0])  # type: ignore[operator]  # a method of this name
-                    distributed.copy_from_rank_0(itertools.chain(layer.parameters(), layer.buffers()))
+                    with whole_parameters([layer]):
+                        layer.update_grid(captured[0])  # type: ignore[operator]  # a method of this name
+                        distributed.copy_from_rank_0(itertools.chain(layer.parameters(), layer.buffers()))
                     trainer.reset_optimizer_state(layer.parameters())
                     updated = True
         trainer.model.train(was_training)
@@ -273,12 +278,12 @@ class GridRefine(Callback):
 
     def before_step(self, trainer: "Trainer") -> None:
         """Refines when it is time."""
-        before = self.done
-        while self.done < len(self.sizes) and trainer.spent() >= self.at[self.done]:
-            self._refine(trainer.model, self.sizes[self.done])
-            self.done += 1
-        if self.done > before and next(outermost(trainer.model, "refine"), None) is not None:
-            trainer.rebuild_optimizer()
+        due = sum(trainer.spent() >= fraction for fraction in self.at)
+        if due > self.done and next(outermost(trainer.model, "refine"), None) is not None:
+            with trainer.restructuring():
+                for size in self.sizes[self.done : due]:
+                    self._refine(trainer.model, size)
+        self.done = max(due, self.done)
 
     def _refine(self, model: nn.Module, size: int) -> None:
         for layer in list(outermost(model, "refine")):
@@ -323,11 +328,10 @@ class SelectionStages(Callback):
             if trainer.spent() < fraction:
                 break
             self.done += 1
-            layers = list(outermost(trainer.model, method))
-            for layer in layers:
-                getattr(layer, method)()
-            if layers:
-                trainer.rebuild_optimizer()
+            if next(outermost(trainer.model, method), None) is not None:
+                with trainer.restructuring():
+                    for layer in list(outermost(trainer.model, method)):
+                        getattr(layer, method)()
 
     def state_dict(self) -> dict[str, Any]:
         """How many stages have begun. The layers' own state says what was selected, and loading it restores it."""

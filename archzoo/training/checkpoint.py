@@ -312,7 +312,11 @@ def get_weights(model: nn.Module, sharded: bool = False) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return cast(Any, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    buffers = {name for name, value in model.state_dict().items() if not hasattr(value, "full_tensor")}
+    # What is put together is a copy, and what is not, as buffers, would change with the model.
+    return {name: value.clone() if name in buffers else value for name, value in weights.items()}
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor], sharded: bool = False) -> None:
@@ -378,14 +382,30 @@ def set_model_state(model: nn.Module, tensors: Mapping[str, Tensor], sharded: bo
     Raises:
         CheckpointError: If a tensor is missing, left over, or of another shape than the model's.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     try:
-        options = StateDictOptions(full_state_dict=_in_a_group(), broadcast_from_rank0=sharded)
-        set_model_state_dict(model, cast(Any, own), options=options)
+        model.load_state_dict(_spread_like(model, own) if sharded else own)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is of another model: {error}") from error
+
+
+def _spread_like(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors as a sharded model holds them; torch's way leaves out further names of what has several."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    present, first = model.state_dict(), torch.distributed.get_rank() == 0
+    shapes = {name: (t.shape, t.dtype) for name, t in present.items()}
+    if first and (other := {name: (t.shape, t.dtype) for name, t in own.items()}) != shapes:
+        differing = sorted({name for name, _ in shapes.items() ^ other.items()})
+        raise ValueError(f"{', '.join(differing)}: missing, left over, or of another shape or dtype")
+    spread: dict[str, Tensor] = {}
+    for name, held in present.items():
+        value = own[name].to(held.device) if first else torch.empty(held.shape, dtype=held.dtype, device=held.device)
+        torch.distributed.broadcast(value, src=0)
+        if isinstance(held, DTensor):
+            value = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+        spread[name] = value
+    return spread
 
 
 def set_optimizer_state(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from archzoo.arguments import described, fits
+from archzoo.arguments import INFINITE, described, fits
 from archzoo.names import suggest
 
 
@@ -203,7 +203,7 @@ def _type_errors(schema: type, plain: Any, prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}: there is no such key; {suggest(str(key), sorted(known))}"
         elif key in _PARTS and not prefix:
             yield from _type_errors(_PARTS[key], value, f"{key}.")
-        elif not fits(value, known[key], finite=False):  # what is infinite, `validate` refuses with what would be right
+        elif not fits(value, known[key], INFINITE):  # what is infinite, `validate` refuses with what would be right
             yield f"{prefix}{key}={value}: must be {described(known[key])}"
 
 
@@ -461,17 +461,13 @@ def process_errors(config: TrainConfig, processes: int, examples: int | None = N
             "trainer.strategy=fsdp: spreads the model over the processes that torchrun starts, and this is a single "
             "one; start it as torchrun --nproc-per-node=2 train.py, or set trainer.strategy=ddp"
         )
-    whole = "trainer.strategy=fsdp holds a part of every parameter in each process; set trainer.strategy=ddp"
+    small = "the model is small, and whole in every process; set trainer.strategy=ddp"
     if config.optimizer.name == "lbfgs":
-        yield f"optimizer.name=lbfgs: searches along all parameters at once, and {whole}"
-    if t.precision == "float16":
-        yield f"trainer.precision=float16: its loss scaling wants to see all gradients, and {whole} or bfloat16"
-    if t.ema_decay is not None:
-        yield f"trainer.ema_decay={t.ema_decay:g}: is kept beside the whole model, and {whole}, or ema_decay=null"
+        yield "optimizer.name=lbfgs: remembers many times as much as all parameters; set trainer.strategy=ddp"
     if config.task.get("seeds", 1) != 1:
-        yield f"task.seeds={config.task['seeds']}: is for small models, and {whole}"
-    for name in sorted(config.callbacks.keys() & set(RESTRUCTURING)):
-        yield f"callbacks.{name}: changes whole parameters, and {whole}"
+        yield f"task.seeds={config.task['seeds']}: {small}"
+    if "symbolic_regression" in config.callbacks:
+        yield f"callbacks.symbolic_regression: {small}"
 
 
 def stacking_errors(config: TrainConfig, seeds: int) -> Iterator[str]:

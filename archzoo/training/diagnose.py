@@ -1,14 +1,21 @@
-"""Where a step went wrong whose loss or gradients are not finite."""
+"""Steps whose loss or gradients are not finite: they are left out, counted, and traced to a module."""
 
+import logging
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from archzoo.training import distributed
+from archzoo.training.spreading import local, whole
+
 if TYPE_CHECKING:
     from archzoo.training.loop import Trainer
+
+log = logging.getLogger("archzoo")
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,12 @@ def diagnose(trainer: "Trainer", loss: float) -> Divergence:
     def found(module: str, what: str) -> Divergence:
         return Divergence(step, step * trainer.config.trainer.accumulate, str(loss), module, what)
 
-    if not torch.isfinite(trainer.inputs).all():
+    if distributed.exchange(not torch.isfinite(trainer.inputs).all())[0]:
         return found("", "input")
     parameters = dict(model.named_parameters())
-    if bad := _bad(parameters):
-        return found(bad[0], "weight")
+    weights = list(parameters)
+    if (bad := _first(parameters.values())) < len(weights):
+        return found(weights[bad].rpartition(".")[0], "weight")
     if not math.isfinite(loss):
         first: list[str] = []
         leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
@@ -67,21 +75,19 @@ def diagnose(trainer: "Trainer", loss: float) -> Divergence:
         finally:
             for hook in hooks:
                 hook.remove()
+            trainer.reshard()
         if first:
             return found(first[0], "output")
         return found("", "loss")
-    if bad := _bad({name: p.grad for name, p in parameters.items() if p.grad is not None}):
-        return found(bad[-1], "gradient")
-    return found("", "gradient")  # of another process's part of the batch
+    bad_gradients = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
+    # Where there is none here, it is in another process's part.
+    return found(bad_gradients[-1].rpartition(".")[0] if bad_gradients else "", "gradient")
 
 
-def _bad(tensors: dict[str, Any]) -> list[str]:
-    """Modules of the tensors that are not finite; of sharded ones, this process's part is looked at."""
-    return [name.rpartition(".")[0] for name, t in tensors.items() if not torch.isfinite(_own(t)).all()]
-
-
-def _own(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _first(tensors: Iterable[Any]) -> int:
+    """Number of the first that is not finite, in any process: all go on alike. How many there are, if all are."""
+    finite = [bool(torch.isfinite(local(tensor)).all()) for tensor in tensors]
+    return -int(distributed.exchange(-finite.index(False) if False in finite else -len(finite))[0])
 
 
 def _hook(name: str, first: list[str]) -> Any:
@@ -90,3 +96,69 @@ def _hook(name: str, first: list[str]) -> Any:
             first.append(name)
 
     return look
+
+
+class BadSteps:
+    """Finds a trainer's steps whose loss or gradients are not finite.
+
+    Attributes:
+        count: How many there were.
+        in_a_row: Those since the last step that was sound.
+        first: The first of those in a row; None if there are none.
+    """
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.count, self.in_a_row = trainer, 0, 0
+        self.first: Divergence | None = None
+        self._found, self._one = torch.zeros((), device=trainer.device), torch.ones((), device=trainer.device)
+
+    def most(self) -> int:
+        """How many in a row end the run; 0: they are not looked for."""
+        asked, steps = self.trainer.config.trainer.max_bad_steps, self.trainer.total_steps
+        return asked if steps is None else min(asked, max(1, steps // 2))
+
+    def found(self, loss: Tensor | float, norm: Tensor | None = None) -> bool:
+        """Whether the loss or its gradients are not finite; counts it, and finds out where.
+
+        A loss that is still on a GPU is not looked at: gradients of a loss that is not finite are not either.
+        """
+        trainer = self.trainer
+        if not trainer.config.trainer.max_bad_steps:
+            if isinstance(loss, float):
+                trainer._check_finite(loss)
+            return False
+        bad = isinstance(loss, float) and not math.isfinite(loss)
+        if not bad and trainer.scaler is None:  # what scales the loss leaves out steps by itself, and lowers the scale
+            bad = not self._gradients_are_finite(norm)
+        if not bad:
+            self.in_a_row, self.first = 0, None
+            return False
+        self.count += 1
+        self.in_a_row += 1
+        if self.first is None:
+            self.first = diagnose(trainer, float(loss))
+            log.warning("%s; this step is left out", self.first)
+        return True
+
+    def _gradients_are_finite(self, norm: Tensor | None) -> bool:
+        if norm is not None:
+            return math.isfinite(float(whole(norm)))
+        groups, sharded = self.trainer.optimizer.param_groups, self.trainer.sharded
+        grads = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        if self.trainer.has_complex:
+            grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+        # What torch's own GradScaler calls: one operator over all gradients, which it multiplies by one.
+        found = self._found.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)
+        return not (distributed.exchange(found.item())[0] if sharded else found.item())
+
+    def is_sound(self) -> bool:
+        """Whether the state may be saved: parameters are finite, and the last step was not left out.
+
+        The next step decides on parameters that something else than a step has changed.
+        """
+        finite = all(torch.isfinite(local(p)).all() for p in self.trainer.model.parameters())
+        bad = bool(distributed.exchange(self.in_a_row > 0 or not finite)[0])
+        if bad:
+            log.warning("no checkpoint at step %d: loss, gradients or parameters are not finite", self.trainer.step)
+        return not bad

@@ -11,13 +11,11 @@ process has died or hangs. CPU tensors go by gloo, CUDA tensors by nccl.
 """
 
 import datetime
-import itertools
 import json
 import os
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, cast
@@ -25,11 +23,9 @@ from typing import Any, NoReturn, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented there, and not listed
 from torch.distributed.rendezvous import rendezvous
-
-from archzoo.training.blocks import repeated_blocks
 
 Number = TypeVar("Number", float, Tensor, Tensor | float)
 ERRORS_WAIT = 5.0  # seconds in which the other processes may come to the same error
@@ -333,106 +329,3 @@ def end_process(lost: RankLost) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-# ---- how the model is spread
-
-
-class Objective(nn.Module):
-    """A model's loss as a module: what DistributedDataParallel wraps, so that the model itself stays as it is.
-
-    Tasks and models may ask more of a model than its forward pass; here it is all inside of one.
-
-    Args:
-        model: The model.
-        loss: Of a batch that it knows.
-    """
-
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.model, self.loss = model, loss
-        # Never used: DistributedDataParallel, which looks for parameters that are not, warns where it finds none.
-        self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
-
-    def forward(self, targets: Tensor) -> Tensor:
-        """The loss, a scalar."""
-        return self.loss(targets)
-
-
-def replicate(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> nn.parallel.DistributedDataParallel:
-    """The loss, whose gradients are averaged over all processes; parameters and buffers become rank 0's.
-
-    Parameters that take no part in a step are looked for: layers that select among candidates have some. So gradients
-    also keep the places in the messages that they have from the first step on, and a resumed run adds up in the order
-    of one that was never interrupted.
-    """
-    return nn.parallel.DistributedDataParallel(Objective(model, loss), find_unused_parameters=True)
-
-
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Spreads every parameter over all processes, in place (FSDP2): blocks one by one, and the rest together.
-
-    The model need not fit the device: it is moved there part by part.
-
-    A block (`repeated_blocks`) that has a `regularization_loss()` of its own is
-    left to the rest, whose parameters are there as long as the loss is computed.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    # Nothing here changes an output in place, which is what it warns of.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    copy_from_rank_0(itertools.chain(model.parameters(), model.buffers()))
-    mesh = init_device_mesh(device.type, (world_size(),))
-    shared = _shared_parameters(model)
-    for block in repeated_blocks(model):
-        regularized = any(hasattr(m, "regularization_loss") for m in block.modules())
-        if not regularized and not any(p in shared for p in block.parameters()):
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-
-
-def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that two modules or more have, as tied embeddings: they belong to no block."""
-    owners: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[parameter] = owners.get(parameter, 0) + 1
-    return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def reshard(model: nn.Module) -> None:
-    """Drops the whole parameters that a forward pass without a backward pass has left behind."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
-def whole_parameters(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside, modules of a sharded model hold plain whole parameters; what is written to them is kept.
-
-    For methods that change parameters in place, as `constrain_()`. The model cannot be called inside.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    held: list[tuple[nn.Module, str, DTensor]] = [
-        (module, name, parameter)
-        for outer in dict.fromkeys(modules)
-        for module in outer.modules()
-        for name, parameter in cast(dict[str, Any], module._parameters).items()
-        if isinstance(parameter, DTensor)
-    ]
-    for module, name, parameter in held:
-        full = nn.Parameter(parameter.full_tensor().detach().clone(), requires_grad=parameter.requires_grad)
-        module._parameters[name] = full
-    try:
-        yield
-    finally:
-        for module, name, parameter in held:
-            changed = cast(Tensor, module._parameters[name]).detach()
-            own = distribute_tensor(changed, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().detach().copy_(own.to_local())
-            module._parameters[name] = cast(nn.Parameter, parameter)

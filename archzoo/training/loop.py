@@ -2,7 +2,7 @@
 
 Every module that has a `regularization_loss()` adds it to the loss, and every module that has a `constrain_()` is
 constrained after each optimizer step; nothing else is expected of a layer. What replaces parameters during training, as
-a callback that refines grids, calls `Trainer.rebuild_optimizer`.
+a callback that refines grids, does so inside `Trainer.restructuring`.
 """
 
 import copy
@@ -19,14 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.tasks.task import Task
-from archzoo.training import distributed
-from archzoo.training.build import (
-    check_sharding,
-    example_batch,
-    recompute_blocks,
-    resolve_device,
-    total_steps,
-)
+from archzoo.training import distributed, spreading
+from archzoo.training.build import example_batch, total_steps
 from archzoo.training.callbacks import Callback
 from archzoo.training.checkpoint import (
     CheckpointError,
@@ -46,11 +40,10 @@ from archzoo.training.config import (
     stacking_errors,
 )
 from archzoo.training.data import BatchOrder, eval_batches, train_batches
-from archzoo.training.diagnose import Divergence, diagnose
-from archzoo.training.optimizing import Schedule, build_optimizer, carry_over
+from archzoo.training.diagnose import BadSteps, Divergence, diagnose
+from archzoo.training.placing import Placed
 
 log = logging.getLogger("archzoo")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(RuntimeError):
@@ -69,7 +62,7 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-class Trainer:
+class Trainer(Placed):
     """Trains one model on one task.
 
     In a process group each process has a Trainer, with the same arguments but for what is called with its state: the
@@ -89,20 +82,13 @@ class Trainer:
     Raises:
         ConfigError: If the optimizer cannot be had, or not with the other settings.
 
-    Attributes:
-        model: The model that is trained.
-        optimizer: Its optimizer.
+    Attributes, with those of `Placed`:
         step: Optimizer steps done.
         inputs: Inputs of the last forward pass, on the device.
         regularization_factor: Multiplies the layers' `regularization_loss()`; callbacks may set it.
-        best: Metrics of the evaluation with the best validation score, with its `step`; None before the first. Where
-            the model's structure has changed, of those since.
         last: Metrics of the last evaluation.
-        changed_at: Steps done when the model's structure last changed; None if it never did.
         step_times: Seconds of every step of this process, evaluations and logging left out.
-        bad_steps: Steps that were left out, for their loss or gradients were not finite.
-        bad_in_a_row: Those since the last one that was not.
-        first_bad: The first of those in a row; None if there are none.
+        bad: The steps that were left out, for their loss or gradients were not finite.
     """
 
     def __init__(
@@ -119,38 +105,18 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, spent: None,
     ):
         t = config.trainer
-        self.rank, self.processes = distributed.rank(), distributed.world_size()
+        processes = distributed.world_size()
         sizes = [len(getattr(task, split)) for split in ("train", "val", "test")]
         wrong = itertools.chain(
             optimizer_errors(config),
             stacking_errors(config, task.seeds),
-            process_errors(config, self.processes if distributed.initialized() else 0, min(sizes)),
+            process_errors(config, processes if distributed.initialized() else 0, min(sizes)),
         )
         if errors := list(wrong):
             raise ConfigError("\n".join(errors))
-        self.config, self.task, self.callbacks = config, task, list(callbacks)
+        super().__init__(config, task, callbacks)
         self.record, self.record_text = record, record_text
         self.save, self.should_stop, self.progress = save, should_stop, progress
-        self.device = resolve_device(t.device)
-        self.dtype = torch.float64 if t.precision == "float64" else torch.float32
-        self.sharded = t.strategy == "fsdp" and distributed.initialized()
-        if self.sharded:
-            check_sharding(config, task, model)
-        self.model = self._with_shared_statistics(model.to(self.dtype))
-        if t.checkpoint_activations:
-            recompute_blocks(self.model)
-        if self.sharded:
-            distributed.shard(self.model, self.device)
-        else:
-            self.model.to(self.device)
-        if t.compile:
-            self.model.compile()
-        self.optimizer = build_optimizer(config.optimizer, self.model)
-        self.scaler = torch.amp.GradScaler(self.device.type) if t.precision == "float16" else None
-        self._found, self._one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        self.metrics = task.metrics().to(self.device)
-        self.restart_average()
-
         self.order = BatchOrder(
             sizes[0],
             t.batch_size,
@@ -162,23 +128,20 @@ class Trainer:
         )
         self.steps_per_epoch = self.order.batches_per_epoch / t.accumulate
         self.total_steps = total_steps(config, task, self.steps_per_epoch)
-        self.schedule = self._schedule()
+        self._begin(model)
+        self.scaler = torch.amp.GradScaler(self.device.type) if t.precision == "float16" else None
+        self.metrics = task.metrics().to(self.device)
+
         self.eval_every = t.eval_every or max(1, (self.total_steps or 10_000) // 20)
         self.checkpoint_every = t.checkpoint_every or self.eval_every
 
-        self._find_modules()
-        self._spread()
         self.regularization_factor = 1.0
         self.step, self.inputs = 0, torch.empty(0)
         self.elapsed_before, self.started = 0.0, time.perf_counter()
         self.aside = 0.0  # seconds of those elapsed in which nothing was trained
         self.evaluations: list[dict[str, float]] = []
-        self.best: dict[str, float] | None = None
-        self.best_weights: dict[str, Tensor] = {}
-        self.changed_at: int | None = None
         self.step_times = array("d")
-        self.bad_steps = self.bad_in_a_row = 0
-        self.first_bad: Divergence | None = None
+        self.bad = BadSteps(self)
         self._clock = 0.0  # seconds of training at the end of the last step, as all processes have agreed
         if self.rank:  # as dropout, which is not to be the same in every part of a batch
             torch.manual_seed(distributed.own_seed(config.seed, 0))
@@ -216,76 +179,6 @@ class Trainer:
         """Metrics of the last evaluation."""
         return self.evaluations[-1] if self.evaluations else None
 
-    @property
-    def eval_model(self) -> nn.Module:
-        """The model that is evaluated: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    # ---- what a callback that changes the model calls
-
-    def reset_optimizer_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops the optimizer's moments of parameters whose values have got another meaning.
-
-        L-BFGS has one memory of them all, which is dropped whole.
-        """
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            self.optimizer.state.clear()
-        for parameter in parameters:
-            self.optimizer.state.pop(parameter, None)
-
-    def restart_average(self) -> None:
-        """Lets the moving average of the weights, if there is one, start again as a copy of the model."""
-        self.ema = None
-        if (decay := self.config.trainer.ema_decay) is not None:
-            import timm.utils
-
-            self.ema = timm.utils.ModelEmaV3(self.model, decay=decay)  # type: ignore[attr-defined]
-
-    def rebuild_optimizer(self) -> None:
-        """Takes up the model as it is now: parameters were replaced, added, removed, frozen or freed.
-
-        A new optimizer of the same configuration goes on at the present learning rate. It keeps the moments of every
-        Parameter that is still the same object; L-BFGS, whose memory is of all of them, starts afresh. So does the
-        moving average, as a copy of the model, and so does the search for the best evaluation: weights from before
-        the change do not fit the model any more. Evaluations from before stay in `evaluations`. Where several
-        processes train the model, parameters and buffers become those of rank 0.
-        """
-        old, self.optimizer = self.optimizer, build_optimizer(self.config.optimizer, self.model)
-        self.schedule = self._schedule()
-        carry_over(old, self.optimizer)
-        self._find_modules()
-        self._spread()
-        self.restart_average()
-        self.best, self.best_weights, self.changed_at = None, {}, self.step
-
-    def _with_shared_statistics(self, model: nn.Module) -> nn.Module:
-        """On GPUs, has batch norms take their statistics over all processes; torch cannot on CPUs, and it is said."""
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        if self.processes == 1 or not norms:
-            return model
-        if self.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        log.warning("batch norm: on CPUs, its statistics are of each process's part of a batch")
-        return model
-
-    def _spread(self) -> None:
-        """Readies the loss for its gradients to be averaged, where several processes train the model."""
-        self.objective: Callable[[Tensor], Tensor] = self._loss
-        if self.processes > 1 and not self.sharded:
-            self.objective = distributed.replicate(self.model, self._loss)
-
-    def _schedule(self) -> Schedule:
-        return Schedule(self.config.scheduler, self.optimizer, self.total_steps or 1000)
-
-    def _parameters(self) -> list[tuple[int, bool]]:
-        """Differs where the optimizer must be rebuilt: it keeps the old parameters alive, so that no id comes twice."""
-        return [(id(p), p.requires_grad) for p in self.model.parameters()]
-
-    def _find_modules(self) -> None:
-        self.regularized = [m for m in self.model.modules() if callable(getattr(m, "regularization_loss", None))]
-        self.constrained = [m for m in self.model.modules() if callable(getattr(m, "constrain_", None))]
-        self.has_complex = any(p.is_complex() for p in self.model.parameters())
-
     # ---- the loop
 
     def fit(self) -> None:
@@ -298,7 +191,7 @@ class Trainer:
             Diverged: After `trainer.max_bad_steps` of these in a row, or half of a run that is shorter.
             Interrupted: When `should_stop` said so; the state is saved.
         """
-        log_every, most_bad = self.config.trainer.log_every, self._most_bad_steps()
+        log_every, most_bad = self.config.trainer.log_every, self.bad.most()
         for callback in self.callbacks:
             callback.check(self.config, self.task, self.model)
             callback.on_start(self)
@@ -309,8 +202,8 @@ class Trainer:
             began = time.perf_counter()
             loss = self._train_step(batches)
             self.step_times.append(time.perf_counter() - began)
-            if most_bad and self.bad_in_a_row >= most_bad and self.first_bad is not None:
-                raise Diverged(self.first_bad)
+            if most_bad and self.bad.in_a_row >= most_bad and self.bad.first is not None:
+                raise Diverged(self.bad.first)
             stop = self.should_stop()
             if self.processes > 1:
                 asked, self._clock = distributed.exchange(stop, self.elapsed())
@@ -327,7 +220,7 @@ class Trainer:
                     metrics = self._evaluate()
                 self._log(metrics)
             due = stop or self.step % self.checkpoint_every == 0 or (evaluate and self._done())
-            if due and self._is_sound():
+            if due and self.bad.is_sound():
                 with self._aside():
                     self.save(self)
             if stop and not self._done():
@@ -341,7 +234,7 @@ class Trainer:
             callback.before_step(self)
         searches = isinstance(self.optimizer, torch.optim.LBFGS)
         total = self._search_step(batches) if searches else self._gradient_step(batches)
-        if self.bad_in_a_row:
+        if self.bad.in_a_row:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             return total
@@ -350,15 +243,10 @@ class Trainer:
             self._constrain()
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
+            self.ema.update(self.model, self.step)
         for callback in self.callbacks:
             callback.after_step(self)
         return total
-
-    def _constrain(self) -> None:
-        with distributed.whole_parameters(self.constrained) if self.sharded else nullcontext():
-            for module in self.constrained:
-                module.constrain_()  # type: ignore[operator]
 
     def _gradient_step(self, batches: Iterator[Any]) -> Tensor | float:
         accumulate, clip = self.config.trainer.accumulate, self.config.trainer.clip_grad
@@ -381,7 +269,7 @@ class Trainer:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        if self._is_bad(total, norm) and self.scaler is None:
+        if self.bad.found(total, norm) and self.scaler is None:
             return total
         if self.scaler is None:
             self.optimizer.step()
@@ -390,73 +278,9 @@ class Trainer:
             self.scaler.update()
         return total
 
-    def _averaging(self, now: bool) -> Any:
-        """Where several processes train: whether the gradients of a batch are averaged, or wait for those of others."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]  # a method of what is sharded
-        elif not now and isinstance(self.objective, nn.parallel.DistributedDataParallel):
-            return self.objective.no_sync()
-        return nullcontext()
-
     def _share(self) -> float:
         """What this process's mean over its part of a batch counts in the mean over processes."""
         return len(self.inputs) * self.processes / min(self.order.batch_size, self.order.examples)
-
-    def _is_bad(self, loss: Tensor | float, norm: Tensor | None = None) -> bool:
-        """Whether the loss or its gradients are not finite; counts it, and finds out where.
-
-        A loss that is still on a GPU is not looked at: gradients of a loss that is not finite are not either.
-        """
-        if not self.config.trainer.max_bad_steps:
-            if isinstance(loss, float):
-                self._check_finite(loss)
-            return False
-        bad = isinstance(loss, float) and not math.isfinite(loss)
-        if not bad and self.scaler is None:  # what scales the loss leaves out steps by itself, and lowers the scale
-            bad = not self._gradients_are_finite(norm)
-        if not bad:
-            self.bad_in_a_row, self.first_bad = 0, None
-            return False
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
-        if self.first_bad is None:
-            self.first_bad = diagnose(self, float(loss))
-            log.warning("%s; this step is left out", self.first_bad)
-        return True
-
-    def _most_bad_steps(self) -> int:
-        """How many bad steps in a row end the run; 0: they are not looked for."""
-        asked = self.config.trainer.max_bad_steps
-        return asked if self.total_steps is None else min(asked, max(1, self.total_steps // 2))
-
-    def _gradients_are_finite(self, norm: Tensor | None) -> bool:
-        if norm is not None:
-            return math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.sharded:
-            grads = [g.to_local() for g in grads]
-        if self.has_complex:
-            grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-        # What torch's own GradScaler calls: one operator over all gradients, which it multiplies by one.
-        found = self._found.zero_()
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)
-        return not (distributed.exchange(found.item())[0] if self.sharded else found.item())
-
-    def _is_sound(self) -> bool:
-        """Whether the state may be saved: parameters are finite, and the last step was not left out.
-
-        The next step decides on parameters that something else than a step has changed.
-        """
-        bad = self.bad_in_a_row > 0 or not all(torch.isfinite(p).all() for p in self._own_parameters())
-        if self.processes > 1:
-            bad = bool(distributed.exchange(bad)[0])
-        if bad:
-            log.warning("no checkpoint at step %d: loss, gradients or parameters are not finite", self.step)
-        return not bad
-
-    def _own_parameters(self) -> Iterator[Tensor]:
-        parameters: Iterator[Any] = self.model.parameters()
-        return (p.to_local() if self.sharded else p for p in parameters)
 
     def _search_step(self, batches: Iterator[Any]) -> float:
         """A step of L-BFGS, whose line searches evaluate one batch many times. Returns the loss that it began with."""
@@ -477,21 +301,13 @@ class Trainer:
             loss.backward()
             whole = distributed.mean(loss.detach())
             values.append(whole.item())
-            if len(values) == 1 and self._is_bad(values[0]):  # where a search tries is its own affair
+            if len(values) == 1 and self.bad.found(values[0]):  # where a search tries is its own affair
                 raise _LeftOut
             return whole
 
         with suppress(_LeftOut):
             self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's hint says float, and its code takes both
         return values[0]
-
-    def _loss(self, targets: Tensor) -> Tensor:
-        """The loss of the batch whose inputs are `self.inputs`, regularisation included."""
-        with self._autocast():
-            loss = self.task.training_loss(self.model, self.inputs, targets)
-        for module in self.regularized:
-            loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]
-        return loss
 
     def _check_finite(self, loss: float) -> None:
         if loss - loss != 0:  # nan or inf
@@ -511,12 +327,6 @@ class Trainer:
 
     def _move(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.dtype if t.is_floating_point() else None, non_blocking=True)
-
-    def _autocast(self) -> Any:
-        precision = self.config.trainer.precision
-        if precision in ("bfloat16", "float16"):
-            return torch.autocast(self.device.type, DTYPES[precision])
-        return nullcontext()
 
     # ---- evaluation
 
@@ -547,7 +357,7 @@ class Trainer:
         if self.sharded:  # every process gathers the parameters as often as the one that has the most batches
             for _ in range(done, int(distributed.exchange(done)[0])):
                 model(self._move(example_batch(self.task, 1)))
-            distributed.reshard(model)
+            spreading.reshard(self.root if model is self.model else model)
         model.train(was_training)
         return {f"{split}/{key}": float(value) for key, value in metrics.compute().items()}
 
@@ -590,7 +400,7 @@ class Trainer:
         training, numbers = get_state(self.model, self.optimizer)
         tensors = {"training": training, "best": self.best_weights}
         if self.ema is not None:
-            tensors["ema"] = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
+            tensors["ema"] = get_weights(self.ema.module, self.sharded)
         random = distributed.collect(get_random_state())
         state = {
             "elapsed_s": self.elapsed(),
@@ -598,7 +408,7 @@ class Trainer:
             "evaluations": self.evaluations,
             "best": self.best,
             "changed_at": self.changed_at,
-            "bad_steps": self.bad_steps,
+            "bad_steps": self.bad.count,
             "optimizer": numbers,
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "random": random[0] if random else {},
@@ -623,21 +433,23 @@ class Trainer:
         """
         if not self.sharded:
             tensors = distributed.share_tensors(tensors)
-        if self.ema is not None and "ema" not in tensors:
+        if self.ema is not None and "ema" not in tensors and (self.rank == 0 or not self.sharded):
             raise CheckpointError("the checkpoint has no moving average, and trainer.ema_decay is set")
         if len(state["callbacks"]) != len(self.callbacks):
             raise CheckpointError("the checkpoint was written with other callbacks")
         callback_states = list(zip(self.callbacks, state["callbacks"], strict=True))
-        built = self._parameters()
-        for callback, callback_state in callback_states:
-            callback.restore(self.model, callback_state)
-        set_model_state(self.model, tensors.get("training", {}), self.sharded)
-        if self._parameters() != built:  # replaced or frozen, by a callback or by a layer as it was loaded
+        training, built = tensors.get("training", {}), self._parameters()
+        changed = self.sharded and state.get("changed_at") is not None
+        with self.restructuring() if changed else nullcontext():
+            for callback, callback_state in callback_states:
+                callback.restore(self.model, callback_state)
+            own = distributed.share_tensors({"training": training})["training"] if changed else training
+            set_model_state(self.model, own, self.sharded and not changed)
+        if not self.sharded and self._parameters() != built:  # replaced or frozen, by a callback or in loading
             self.rebuild_optimizer()
-        training = tensors.get("training", {})
         set_optimizer_state(self.model, self.optimizer, training, state["optimizer"], self.sharded)
         if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["ema"])
+            set_weights(self.ema.module, tensors.get("ema", {}), self.sharded)
         self.step, self.elapsed_before = int(state["step"]), float(state["elapsed_s"])
         self.evaluations, self.best, self.best_weights = state["evaluations"], state["best"], tensors.get("best", {})
         self.changed_at, self.aside = state.get("changed_at"), float(state.get("aside_s", 0.0))
@@ -645,7 +457,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         for callback, callback_state in callback_states:
             callback.load_state_dict(callback_state)
-        self.bad_steps, self._clock = state.get("bad_steps", 0), self.elapsed_before
+        self.bad.count, self._clock = state.get("bad_steps", 0), self.elapsed_before
         if (before := state.get("processes", 1)) == self.processes:
             set_random_state(state["random"] if self.processes == 1 else state["random_of_ranks"][self.rank])
         else:

@@ -1,6 +1,6 @@
 """From a config to an optimizer, and to the schedule of its learning rate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,8 +80,12 @@ def _build_lbfgs(config: OptimizerConfig, model: nn.Module) -> torch.optim.LBFGS
         raise refused("optimizer", vars(config), error) from error
 
 
-def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+def carry_over(
+    old: torch.optim.Optimizer, new: torch.optim.Optimizer, was: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
     """Gives a new optimizer of the same configuration what the old one knows of the parameters that both have.
+
+    Those that have taken another's place, as `was` says, have what that one had.
 
     Its groups, of which there are as many unless the last parameter of one has gone, get the old ones' learning rate
     and counters. L-BFGS knows nothing of single parameters.
@@ -93,8 +97,8 @@ def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
         for group, before in zip(new.param_groups, old.param_groups, strict=True):
             group |= {key: value for key, value in before.items() if key != "params"}
     for parameter in (p for group in new.param_groups for p in group["params"]):
-        if parameter in old.state:
-            new.state[parameter] = old.state[parameter]
+        if (before := was.get(parameter, parameter)) in old.state:
+            new.state[parameter] = old.state[before]
 
 
 class Schedule:

@@ -326,7 +326,7 @@ def _between_steps(trainer: Trainer) -> bool:
     evaluated = trainer.step % trainer.eval_every != 0 or (trainer.last or {}).get("step") == trainer.step
     # The other batches of an accumulated step have drawn random numbers; other ranks would have to save with us.
     whole = trainer.config.trainer.accumulate == 1 and trainer.processes == 1
-    return trainer.step > 0 and trainer.spent() < 1 and evaluated and whole and trainer._is_sound()
+    return trainer.step > 0 and trainer.spent() < 1 and evaluated and whole and trainer.bad.is_sound()
 
 
 def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], trackers: Trackers) -> None:
@@ -339,6 +339,8 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
     last = trainer.eval_model
     if trainer.sharded:  # what follows is done by one process alone
         last, _ = build_model(config, task, trainer.callbacks)
+        for callback in trainer.callbacks:
+            callback.restore(last, callback.state_dict())
         last.to(trainer.dtype).load_state_dict(weights)
         final = last
     replace_file(folder.path / "model.safetensors", pack_tensors(weights))
@@ -379,7 +381,7 @@ def _finish(trainer: Trainer, folder: RunFolder, record: dict[str, Any], tracker
     if trainer.device.type == "cuda":
         record["memory"]["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     record["steps"] = trainer.step
-    record["bad_steps"] = trainer.bad_steps
+    record["bad_steps"] = trainer.bad.count
     if config.tracker.pictures:  # last: what it takes is not the contestant's
         drawn, failed = draw_pictures(folder.path, task, final)
         record["pictures"] = {"drawn": [{"name": p.name, "caption": p.caption} for p in drawn], "failed": failed}

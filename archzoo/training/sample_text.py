@@ -79,7 +79,8 @@ class SampleText(Callback):
     def on_evaluate(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
         """Writes a text."""
         if self.every_evaluation:
-            trainer.record_text({"step": trainer.step, "sample": self.sample(trainer, trainer.eval_model)})
+            model = trainer.put_together(trainer.eval_model)
+            trainer.record_text({"step": trainer.step, "sample": self.sample(trainer, model)})
 
     def summarize(self, trainer: "Trainer", model: nn.Module) -> dict[str, Any]:
         """The last text."""
@@ -87,8 +88,9 @@ class SampleText(Callback):
 
     def sample(self, trainer: "Trainer", model: nn.Module) -> str:
         """The prompt, and what the model puts behind it."""
-        prompt = trainer.task.encode(self.prompt).to(trainer.device)  # type: ignore[attr-defined]
-        used = [trainer.device] if trainer.device.type == "cuda" else []
+        device = next(model.parameters()).device
+        prompt = trainer.task.encode(self.prompt).to(device)  # type: ignore[attr-defined]
+        used = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(used):  # generate() has a generator of its own, and a model might draw besides
             new = list(model.generate(prompt[None], self.length, **self.options))  # type: ignore[operator]
         ids = torch.cat([prompt, *new]).cpu()

@@ -304,6 +304,7 @@ def end_service() -> None:
         if process is None:  # there is none, or it is not ours
             return
         process.kill()
+        process.wait()  # or it stays behind, dead but not gone
         with suppress(Exception, SystemExit):  # of a process that was killed it complains
             wandb_setup.teardown()
 

@@ -1,11 +1,11 @@
 """Several processes: the same training as in one, resumed at any number of them, and the same model in all."""
 
+import copy
 import hashlib
 import itertools
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import archzoo
-from archzoo.training import distributed
-from archzoo.training.build import build_model, build_task, check_model
-from archzoo.training.config import ConfigError, process_errors
-from archzoo.training.loop import Trainer
+from archzoo.training import distributed, spreading
+from archzoo.training.build import build_model, build_task
+from archzoo.training.callbacks import Callback
+from archzoo.training.config import process_errors
+from archzoo.training.loop import Diverged, Trainer
 from archzoo.training.run import execute, load_model, make_callbacks
 from tests.training.processes import together
 from tests.training.support import Blobs, lines_without_time, make_config
@@ -52,6 +53,7 @@ def largest_difference(ours, theirs):
 def test_the_loss_is_that_of_one_process_at_the_same_global_batch(count, strategy):
     # 18 examples in 4 parts are 5, 5, 4 and 4: their means do not count the same.
     trainer = {"steps": 6, "batch_size": 18, "accumulate": 2, "clip_grad": 0.5, "eval_every": 2, "eval_batch_size": 50}
+    trainer["ema_decay"] = 0.9
     config = make_config(trainer=trainer | {"strategy": strategy}, **NO_DROPOUT)
     alone = trained(make_config(trainer=trainer, **NO_DROPOUT))
     ranks = together(count, trained, config)
@@ -65,55 +67,91 @@ def test_the_loss_is_that_of_one_process_at_the_same_global_batch(count, strateg
         torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-5, atol=1e-6)
 
 
+# Least-squares fits of grids would make much of the last bit of a float32.
+EXACT = {"steps": 6, "eval_every": 2, "precision": "float64", "ema_decay": 0.9}
+KAN = {"name": "kan", "grid_size": 3}
 CHANGING = {
-    "grid_update": ({"name": "kan", "grid_size": 3}, {"grid_update": {"every": 2, "until": 0.9}}),
-    "grid_refine": ({"name": "kan", "grid_size": 3}, {"grid_refine": {"sizes": [5], "at": [0.5]}}),
-    "selection": ({"name": "selectable_kan"}, {"selection_stages": {"select": 0.3, "prune": 0.6}}),
-    "constraint": ({"name": "nau"}, {}),
-    "average": ({"name": "linear"}, {}),
+    "grid_update": {"layer": {"name": "kan", "grid_size": 3}, "callbacks": {"grid_update": {"every": 2, "until": 0.9}}},
+    "grid_refine": {
+        "layer": {"name": "kan", "grid_size": 3},
+        "callbacks": {"grid_refine": {"sizes": [5], "at": [0.5]}},
+    },
+    "selection": {
+        "layer": {"name": "selectable_kan"},
+        "callbacks": {"selection_stages": {"select": 0.3, "prune": 0.6}},
+    },
+    "constraint": {"layer": {"name": "nau"}},
+}
+FLOW = {
+    "model": {"name": "linear_flow", "width": 8, "depth": 2, "time_dim": 8},
+    "task": {"name": "flow_matching", "eval_size": 50},
+}
+PROJECTOR = {
+    "model": {"name": "projector", "width": 8, "depth": 2},
+    "task": {"name": "idempotent"},
+    "layer": {"name": "conv2d"},
+}
+POISSON = {
+    "model": {"name": "kan", "hidden": [3]},
+    "task": {"name": "poisson", "n_interior": 96, "n_boundary": 32, "eval_side": 12},
+    "layer": {"name": "kan"},
+    "callbacks": {"grid_update": {"every": 2, "until": 0.9}},
 }
 
 
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("change", CHANGING)
-def test_what_changes_in_training_stays_the_same_in_all_processes(change, count):
-    layer, callbacks = CHANGING[change]
-    config = make_config(
-        layer=layer,
-        callbacks=callbacks,
-        trainer={
-            "steps": 6,
-            "precision": "float64",  # least-squares fits of grids would make much of the last bit
-            "ema_decay": 0.9 if change == "average" else None,
-        },
-        **NO_DROPOUT,
-    )
-    ranks = together(count, trained, config)
+def test_what_changes_in_training_stays_the_same_in_all_processes(change, count, strategy):
+    changes = NO_DROPOUT | CHANGING[change]
+    ranks = together(count, trained, make_config(trainer=EXACT | {"strategy": strategy}, **changes))
     assert len({rank["hash"] for rank in ranks}) == 1
-    assert largest_difference(ranks[0], trained(config)) <= 1e-6
+    alone = trained(make_config(trainer=EXACT, **changes))
+    assert largest_difference(ranks[0], alone) <= 1e-6
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "task"),
-    [
-        ({"name": "linear_flow", "width": 8, "depth": 2, "time_dim": 8}, {"name": "flow_matching", "eval_size": 50}),
-        ({"name": "projector", "width": 8, "depth": 2}, {"name": "idempotent"}),
-        ({"name": "kan", "hidden": [3]}, {"name": "poisson"}),
-    ],
-    ids=lambda part: part["name"],
-)
-def test_what_asks_more_of_a_model_than_its_output_is_trained_by_several(model, task, tmp_path):
-    layer = {"name": {"kan": "kan", "projector": "conv2d"}.get(model["name"], "linear")}
-    config = make_config(model=model, task=task, layer=layer, trainer={"steps": 2})
-    ranks = together(2, trained, config)
+@pytest.mark.parametrize("changes", [FLOW, PROJECTOR, POISSON], ids=lambda part: part["model"]["name"])
+def test_what_asks_more_of_a_model_than_its_output_is_trained_by_several(changes):
+    trainer = {"steps": 4, "eval_every": 2, "ema_decay": 0.9, "clip_grad": 1.0, "accumulate": 2}
+    ranks = together(2, trained, make_config(trainer=trainer, **changes))
     assert ranks[1]["lines"] == ranks[0]["lines"]
-    sharded = make_config(model=model, task=task, layer=layer, trainer={"steps": 2, "strategy": "fsdp"})
-    with pytest.raises(ConfigError, match="trainer.strategy=fsdp"):  # before anything is written
-        check_model(sharded, build_task(sharded), None, [])
-    for record in together(2, execute, replace(sharded, output_dir=str(tmp_path))):
-        assert record["status"] == "failed"
-        assert "trainer.strategy=fsdp" in record["error"]
+    assert ranks[1]["hash"] == ranks[0]["hash"]
+    sharded = together(2, trained, make_config(trainer=trainer | {"strategy": "fsdp"}, **changes))
+    assert largest_difference(sharded[0], ranks[0]) <= 1e-6
+    if changes is not FLOW:  # of which each process draws its own part's noise
+        assert largest_difference(sharded[0], trained(make_config(trainer=trainer, **changes))) <= 1e-6
+
+
+@pytest.mark.slow
+def test_float16_is_trained_by_shards_as_by_copies():
+    trainer = {"steps": 8, "precision": "float16", "ema_decay": 0.9}
+    copies, shards = (
+        together(2, trained, make_config(trainer=trainer | {"strategy": strategy}, **NO_DROPOUT))
+        for strategy in ("ddp", "fsdp")
+    )
+    assert largest_difference(shards[0], copies[0]) <= 1e-6
+    assert shards[0]["lines"] == shards[1]["lines"]
+
+
+def overflow_in_a_part():
+    model, scaler = nn.Linear(2, 4), torch.amp.GradScaler("cpu", init_scale=4.0)
+    spreading.shard(model, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.to_local().clone()
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    if distributed.rank() == 1:
+        model.weight.grad.to_local().fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.equal(model.weight.to_local(), before), scaler.get_scale()
+
+
+@pytest.mark.slow
+def test_a_gradient_that_overflows_in_one_process_leaves_out_the_step_in_all():
+    assert together(2, overflow_in_a_part) == [(True, 2.0)] * 2
 
 
 def test_a_layer_that_is_constrained_is_so_where_it_is_sharded():
@@ -123,31 +161,70 @@ def test_a_layer_that_is_constrained_is_so_where_it_is_sharded():
     assert max(w.abs().max() for w in matrices) == 1.0  # NAU clamps to [-1, 1], and steps of 2 went beyond
 
 
+class Poisoning(Callback):
+    """Rank 1's part of a weight is not finite from the third step on."""
+
+    def before_step(self, trainer):
+        if trainer.step == 2 and trainer.rank == 1:
+            trainer.model.hidden[0].weight.data.to_local().fill_(torch.nan)
+
+
+def poisoned(config):
+    task = build_task(config)
+    with pytest.raises(Diverged) as raised:
+        Trainer(config, task, build_model(config, task)[0], [Poisoning()]).fit()
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_all_processes_blame_the_module_of_which_one_has_a_part_that_is_not_finite():
+    config = make_config(trainer={"steps": 8, "strategy": "fsdp", "max_bad_steps": 2}, **NO_DROPOUT)
+    first, second = together(2, poisoned, config)
+    assert first == second
+    assert first.endswith("step 3, batch 3; first not finite: the weight of hidden.0")
+
+
 # ---- interruption
 
 
 def run_until(config, step):
-    """Executes a run, which is asked to stop once it is at a step."""
+    """Executes a run, which rank 0 is asked to stop once it is at a step: the others look while they wait, too."""
     count = itertools.count(1)
-    return execute(config, should_stop=lambda: step is not None and next(count) >= step)
+    return execute(config, should_stop=lambda: step is not None and distributed.rank() == 0 and next(count) >= step)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def run_whole_and_cut(whole, cut, step):
+    return [execute(whole)["status"], run_until(cut, step)["status"], execute(cut)]
+
+
+RESUMED = {
+    "ddp": {},
+    "fsdp": {"trainer": {"strategy": "fsdp", "steps": 8, "ema_decay": 0.9}},
+    "float16": {"trainer": {"strategy": "fsdp", "steps": 8, "precision": "float16"}},
+    **{change: {"trainer": EXACT | {"strategy": "fsdp"}, **CHANGING[change]} for change in CHANGING},
+    **{c["task"]["name"]: {"trainer": EXACT | {"strategy": "fsdp"}, **c} for c in (FLOW, PROJECTOR, POISSON)},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RESUMED if kind != "ddp")]
+)
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_run_resumed_by_as_many_processes_ends_with_the_same_bits(tmp_path, count, strategy):
-    trainer = {"strategy": strategy, "steps": 8}
-    whole, cut = (make_config(tmp_path / name, trainer=trainer) for name in ("whole", "cut"))
-    assert together(count, execute, whole)[0]["status"] == "done"
-    stopped = together(count, run_until, cut, 3)
-    assert [record["status"] for record in stopped] == ["interrupted"] * count
-    record = together(count, execute, cut)[0]
-    assert record["status"] == "done"
+def test_a_run_resumed_by_as_many_processes_ends_with_the_same_bits(tmp_path, count, kind):
+    changes = {"trainer": {"steps": 8}, "tracker": {"pictures": False}} | RESUMED[kind]
+    whole, cut = (make_config(tmp_path / name, **copy.deepcopy(changes)) for name in ("whole", "cut"))
+    ranks = together(count, run_whole_and_cut, whole, cut, step := 5 if kind in CHANGING else 3)
+    assert [rank[:2] for rank in ranks] == [["done", "interrupted"]] * count
+    record = ranks[0][2]
+    assert record["status"] == "done", record["error"]
     assert record["processes"] == count
     folders = [tmp_path / name / record["run_id"] for name in ("whole", "cut")]
+    assert f"resumed from step_{step:08d}" in (folders[1] / "log.txt").read_text()
     assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
     lines = [lines_without_time(folder / "metrics.jsonl") for folder in folders]
     assert lines[0] == lines[1]
-    assert len({line["step"] for line in lines[0]}) == 8
+    assert len({line["step"] for line in lines[0]}) == whole.trainer.steps
+    load_model(folders[1])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +238,7 @@ def test_a_run_resumed_by_as_many_processes_ends_with_the_same_bits(tmp_path, co
 )
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after, strategy):
     whole, cut = (
-        make_config(tmp_path / name, trainer={"strategy": own, "steps": 8}, **NO_DROPOUT)
+        make_config(tmp_path / name, trainer={"strategy": own, "steps": 8, "ema_decay": 0.9}, **NO_DROPOUT)
         for name, own in (("whole", "ddp"), ("cut", strategy))
     )
     execute(whole)
@@ -245,10 +322,8 @@ def test_a_run_of_which_a_process_was_killed_goes_on_from_its_checkpoint(tmp_pat
     ("changes", "named"),
     [
         ({"trainer": {"batch_size": 3}}, "trainer.batch_size=3"),
-        ({"trainer": {"strategy": "fsdp", "ema_decay": 0.9}}, "trainer.ema_decay=0.9"),
-        ({"trainer": {"strategy": "fsdp", "precision": "float16"}}, "trainer.precision=float16"),
         ({"trainer": {"strategy": "fsdp"}, "optimizer": {"name": "lbfgs"}}, "optimizer.name=lbfgs"),
-        ({"trainer": {"strategy": "fsdp"}, "callbacks": {"grid_update": {}}}, "callbacks.grid_update"),
+        ({"trainer": {"strategy": "fsdp"}, "callbacks": {"symbolic_regression": {}}}, "callbacks.symbolic"),
         ({"trainer": {"strategy": "fsdp"}, "task": {"name": "arithmetic", "seeds": 2}}, "task.seeds=2"),
     ],
 )
@@ -290,10 +365,10 @@ class Blocks(nn.Module):
 
 def shards():
     model = Blocks()
-    distributed.shard(model, torch.device("cpu"))
+    spreading.shard(model, torch.device("cpu"))
     own = {name: p.to_local().numel() / p.numel() for name, p in model.named_parameters()}
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
-    with distributed.whole_parameters([model.head]):
+    with spreading.whole_parameters([model.head]):
         model.head.weight.data.mul_(2)
     doubled = torch.equal(model.head.weight.full_tensor(), 2 * before["head.weight"])
     same = torch.equal(model.blocks[0].weight.full_tensor(), before["blocks.0.weight"])

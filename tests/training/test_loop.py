@@ -289,7 +289,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(where, trainer):
     config = make_config(trainer={"steps": 30, **trainer})
     bad = [0, 3, 4, 5, 17, 29]
     with_bad = train(config, small_model(0.0), [Injecting(where, bad)])
-    assert with_bad.bad_steps == len(bad)
+    assert with_bad.bad.count == len(bad)
     assert with_bad.step == 30
     assert all(torch.isfinite(w).all() for w in weights(with_bad.model).values())
     assert all(torch.isfinite(s["exp_avg"]).all() for s in with_bad.optimizer.state.values())

@@ -1,7 +1,6 @@
 """Pictures: drawn with the scored weights, the same bytes each time, and never at the cost of a run."""
 
 import json
-import logging
 import random
 import sys
 from pathlib import Path
@@ -255,17 +254,16 @@ GOOD = Picture(torch.zeros(2, 2), "good")
     ],
     ids=["path", "capital", "number", "text", "no-image", "channels", "axes", "empty", "caption", "long", "large"],
 )
-def test_a_wrong_picture_is_left_out_and_the_others_are_drawn(tmp_path, caplog, pictures, message):
+def test_a_wrong_picture_is_left_out_and_the_others_are_drawn(tmp_path, logs, pictures, message):
     torch.manual_seed(0)
     hook = {"first": GOOD, **pictures, "last": GOOD}
-    with caplog.at_level(logging.WARNING, "archzoo"):
-        drawn, failed = draw_pictures(tmp_path, Drawn(lambda model: hook), nn.Linear(2, 3))
+    drawn, failed = draw_pictures(tmp_path, Drawn(lambda model: hook), nn.Linear(2, 3))
     assert [d.name for d in drawn] == ["first", "last"]
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["first.png", "last.png"]
     (line,) = failed
     assert line.startswith("task Drawn, picture ")
     assert message in line
-    assert [r.getMessage() for r in caplog.records] == [f"not drawn: {line}"]
+    assert [r.getMessage() for r in logs.records] == [f"not drawn: {line}"]
 
 
 def test_a_hook_that_returns_no_mapping_is_named(tmp_path):
@@ -294,7 +292,7 @@ def test_pictures_from_before_are_removed(tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-def test_without_matplotlib_images_are_drawn_and_it_is_said_once(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_images_are_drawn_and_it_is_said_once(tmp_path, monkeypatch, logs):
     def hook(model):
         from matplotlib.figure import Figure
 
@@ -303,13 +301,12 @@ def test_without_matplotlib_images_are_drawn_and_it_is_said_once(tmp_path, monke
     pictures._say_once.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with caplog.at_level(logging.WARNING, "archzoo"):
-        for _ in range(2):
-            drawn, failed = draw_pictures(tmp_path, Drawn(hook), Drawing(lambda task: {"image": GOOD}))
-            assert [d.name for d in drawn] == ["image"]
-            assert failed == ["task Drawn: matplotlib is not installed; `pip install 'archzoo[train]'` installs it"]
-    assert len(caplog.records) == 1
-    assert caplog.records[0].getMessage().startswith("pictures are left out: matplotlib is not installed")
+    for _ in range(2):
+        drawn, failed = draw_pictures(tmp_path, Drawn(hook), Drawing(lambda task: {"image": GOOD}))
+        assert [d.name for d in drawn] == ["image"]
+        assert failed == ["task Drawn: matplotlib is not installed; `pip install 'archzoo[train]'` installs it"]
+    assert len(logs.records) == 1
+    assert logs.records[0].getMessage().startswith("pictures are left out: matplotlib is not installed")
 
 
 # ---- files

@@ -81,6 +81,7 @@ def test_an_estimate_is_within_a_factor_of_two_of_a_short_run(tmp_path):
         assert 0.5 < execute(config)["timing"]["wall_s"] / row.estimate.wall_s < 2
 
 
+@pytest.mark.slow
 def test_runs_elsewhere_count_if_all_but_the_seed_is_the_same(tmp_path):
     arguments = [*tiny(tmp_path / "configs"), "layer=linear"]
     execute(plan_of(*arguments, f"output_dir={tmp_path / 'other'}", "seed=5", "name=other").configs[0])

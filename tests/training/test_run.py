@@ -15,6 +15,7 @@ from archzoo.training.loop import Trainer
 from archzoo.training.run import execute
 from archzoo.training.run_folder import RunFolder, read_record
 from archzoo.training.trackers import flat_summary
+from tests.helpers import sampled
 from tests.training.support import lines_without_time, make_config
 
 
@@ -155,7 +156,7 @@ def inspect(run_folder, *options):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", sampled([False, True], [True]))
 def test_the_wandb_mirror_equals_the_record(tmp_path, interrupted):
     config = make_config(tmp_path, tracker={"wandb": "offline"})
     if interrupted:
