@@ -289,7 +289,10 @@ def _try(name: str, build: _Builder, wanted: Mapping[str, Tensor]) -> tuple[dict
 def fatal(problem: BaseException) -> bool:
     """Whether CUDA can do nothing more in this process."""
     text = str(problem)
-    return any(sign in text for sign in ("illegal memory access", "device-side assert", "unspecified launch failure"))
+    return any(sign in text for sign in _FATAL)
+
+
+_FATAL = ("illegal memory access", "misaligned address", "illegal instruction", "device-side assert", "launch failure")
 
 
 def _time(runners: Mapping[str, Contestant], backward: bool, device: Device, said: dict[str, dict[str, Any]]) -> None:

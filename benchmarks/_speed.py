@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from archzoo.kernels import _thresholds
 from benchmarks._cases import H200, Goal, Op, label
 from benchmarks._measure import COMPILED, DEFINITION, OURS, OURS_COMPILED, planned_floors
 
@@ -63,7 +64,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def fraction(row: Row, which: str) -> float | None:
     """What part of our time the floor is, forward or forward and backward."""
-    floor, times = row.get("floor", {}).get(f"{which}_ms"), row["contestants"][OURS].get(f"{which}_ms")
+    floor, times = row.get("floor", {}).get(f"{which}_ms"), row["contestants"].get(OURS, {}).get(f"{which}_ms")
     return None if floor is None or times is None else floor / times["p50"]
 
 
@@ -254,6 +255,24 @@ def signature_table(ops: Sequence[Op]) -> str:
         function = getattr(importlib.import_module(f"archzoo.kernels.{module}"), name)
         parameters = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
         lines.append(f"| `{module}` | `{name}{inspect.Signature(parameters)}` |")
+    return "\n".join(lines)
+
+
+def thresholds_table() -> str:
+    """Of every op what its numbers are, and how few of them it leaves to plain torch on each device measured."""
+    table = json.loads(_thresholds.TABLE.read_text())
+    devices = sorted({device for entries in table.values() for device in entries}, key=lambda name: int(name[2:]))
+    if not devices:
+        return "Not measured on any device yet: on every GPU Triton takes all sizes."
+    lines = ["| op | its numbers | " + " | ".join(f"torch below, {device}" for device in devices) + " |"]
+    lines.append("|---" * (2 + len(devices)) + "|")
+    for op, counted in _thresholds.COUNTED.items():
+        kinds = {key.partition(":")[2]: table[key] for key in sorted(table) if key.partition(":")[0] == op}
+        cells = []
+        for device in devices:
+            found = {kind: f"{entries[device]:,}" for kind, entries in kinds.items() if device in entries}
+            cells.append(", ".join(f"{kind} {below}".strip() for kind, below in found.items()) or "not measured")
+        lines.append(f"| `{op}` | {counted} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,11 +2,13 @@
 
     python -m benchmarks gpu --out DIR [--peers FOLDER] [--only OP …] [--minutes 9] [--dry-run]
 
-Measures the device's ceilings, runs the kernels' tests, then every op at one size, that size compiled, and further
-sizes, as far as the time goes. Each case is a line of DIR/cases.jsonl as it comes. The same command goes on where it
-was; so does it by itself after a fault that ends CUDA in its process. DIR/gpu_speed.json has all of it, with what was
-missing or not reached, and DIR/gpu_speed.png a picture. `python -m benchmarks peers --out FOLDER` makes the peers'
-folder. The record, copied to benchmarks/results, is what `python -m benchmarks readme` puts into docs/kernels.md.
+Measures the device's ceilings, runs the kernels' tests, then every op at one size, how few numbers it leaves to plain
+torch, that size compiled, and further sizes, until the time is over. Each case is a line of DIR/cases.jsonl as it
+comes. The same command goes on where it was; so does it by itself after a fault that ends CUDA in its process.
+DIR/gpu_speed.json has all of it, with what was missing or not reached, DIR/thresholds.json the table of small sizes,
+and DIR/gpu_speed.png a picture. `python -m benchmarks peers --out FOLDER` makes the peers' folder. The record, copied
+to benchmarks/results, and the table, copied to kernels, are what `python -m benchmarks readme` puts into
+docs/kernels.md.
 """
 
 import argparse
@@ -19,15 +21,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from archzoo.kernels import _thresholds
 from benchmarks._cases import H200, Ceilings, Op, Size, add_peers, label
 from benchmarks._checkout import ROOT
-from benchmarks._measure import Call, Device, Row, Times, fatal, first_line, measure, planned_floors, quantiles
+from benchmarks._measure import (
+    COMPILED,
+    Call,
+    Device,
+    Row,
+    Times,
+    fatal,
+    first_line,
+    measure,
+    planned_floors,
+    quantiles,
+)
 from benchmarks._record import environment, version_of
 from benchmarks._speed import case_name, merged, progress_line, summary
 
@@ -51,15 +66,81 @@ class Task:
         dtype = str(self.op.dtype).removeprefix("torch.")
         return f"{self.part} {self.op.name} {label(self.size)} {dtype}"
 
+    def measured(self, device: Device) -> dict[str, Any]:
+        """A line of the log."""
+        began = time.perf_counter()
+        row = measure(self.op, self.size, self.op.dtype, device, self.part, breaks=self.first)
+        return {"row": row | {"seconds": round(time.perf_counter() - began, 1)}}
 
-def plan(ops: Sequence[Op]) -> list[Task]:
-    """All ops' first size before any second one; and compiling, which takes longest, after that size of all."""
-    tasks = []
+    def failed(self, why: str) -> dict[str, Any]:
+        """The line instead. Where only the compiled part failed, the case stands."""
+        row: Row = {"op": self.op.name, "size": dict(self.size), "contestants": {}}
+        row["dtype"] = str(self.op.dtype).removeprefix("torch.")
+        if self.part == "compiled":
+            return {"row": row | {"contestants": {COMPILED: {"error": why}}}}
+        return {"row": row | {"error": why}}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How few numbers an op leaves to plain torch, as `tune_thresholds` measures it."""
+
+    op: str
+
+    @property
+    def key(self) -> str:
+        return f"threshold {self.op}"
+
+    def measured(self, device: Device) -> dict[str, Any]:
+        """A line of the log."""
+        below, tried = _thresholds.measure(self.op, torch.device(device.place, torch.cuda.current_device()))
+        ms = {n: {backend: round(1e3 * t, 4) for backend, t in times.items()} for n, times in sorted(tried.items())}
+        return {"threshold": {"op": self.op, "below": below, "ms": ms}}
+
+    def failed(self, why: str) -> dict[str, Any]:
+        """The line instead."""
+        return {"threshold": {"op": self.op, "error": why}}
+
+
+def plan(ops: Sequence[Op], thresholds: Sequence[str] = ()) -> list[Task | Threshold]:
+    """All ops' first size before any second one; and compiling, which takes longest, after that size of all.
+
+    Thresholds come in between, each with its op, so that what matters most has all of it when the time is over.
+    """
+    tasks: list[Task | Threshold] = []
+    left = list(thresholds)
     for index in range(max(len(op.gpu) for op in ops)):
         chosen = [op for op in ops if index < len(op.gpu)]
         tasks += [Task(op, op.gpu[index], "eager", index == 0) for op in chosen]
-        tasks += [Task(op, op.gpu[index], "compiled", index == 0) for op in chosen if op.compiles]
+        for op in chosen:
+            own = [name for name in left if _called(name) & _called(op.name)]
+            tasks += map(Threshold, own)
+            left = [name for name in left if name not in own]
+            tasks += [Task(op, op.gpu[index], "compiled", index == 0)] if op.compiles else []
+        tasks += map(Threshold, left)
+        left = []
     return tasks
+
+
+class OutOfTime(BaseException):
+    """The deadline has come. No Exception, or a contestant's failure is what it would be taken for."""
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """Raises `OutOfTime` inside when the deadline comes, and again each second, as some callbacks swallow it."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left = min(max(1e-3, deadline - time.time()), 1e6)  # seconds; the timer takes no more than it can count
+    signal.setitimer(signal.ITIMER_REAL, left, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # --- The device -------------------------------------------------------------------------------------------------------
@@ -127,7 +208,7 @@ def run_tests(minutes: float, command: Sequence[str] | None = None) -> dict[str,
         out, _ = process.communicate(timeout=60 * minutes)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # with the workers that it started
+        os.killpg(process.pid, signal.SIGKILL)  # with the workers that it started
         out, _ = process.communicate()
         code = None
     seconds = round(time.perf_counter() - began, 1)
@@ -164,51 +245,67 @@ class Log:
     def rows(self) -> list[dict[str, Any]]:
         return [line["row"] for line in self.lines if "row" in line]
 
+    def thresholds(self) -> list[dict[str, Any]]:
+        return [line["threshold"] for line in self.lines if "threshold" in line]
+
     def open(self, key: str) -> bool:
         """Whether a task is still to be done."""
         return not any(line.get("done") == key for line in self.lines)
 
     def stopped(self, key: str) -> bool:
         """Whether it was begun and never came back."""
-        return any(line.get("began") == key for line in self.lines)
+        return sum((line.get("began") == key) - (line.get("put off") == key) for line in self.lines) > 0
 
 
 def work_off(
-    tasks: Sequence[Task], log: Log, device: Device, deadline: float, say: Callable[[str], None] = print
+    tasks: Sequence[Task | Threshold],
+    log: Log,
+    device: Device,
+    deadline: float,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Does what is open of the tasks until the deadline; returns what was not reached.
 
     Raises:
         RuntimeError: If CUDA is lost in this process; the task is noted, so that the next process leaves it out.
     """
-    missed = []
+    missed, lost = [], None
     for task in tasks:
         if not log.open(task.key):
             continue
         if time.time() > deadline:
             missed.append(task.key)
             continue
-        log_key = {"done": task.key}
-        empty: Row = {"op": task.op.name, "size": dict(task.size), "contestants": {}}
-        empty["dtype"] = str(task.op.dtype).removeprefix("torch.")
         if log.stopped(task.key):
-            log.add(log_key | {"row": empty | {"error": "stopped the process when it was tried"}})
-            continue
-        log.add({"began": task.key})
-        began = time.perf_counter()
-        try:
-            row = measure(task.op, task.size, task.op.dtype, device, task.part, breaks=task.first)
-        except Exception as problem:  # ours failed: the record says how, and the other ops go on
-            row = empty | {"error": first_line(problem)}
-            log.add(log_key | {"row": row})
-            say(progress_line(row))
-            if fatal(problem):
-                raise RuntimeError(f"CUDA is lost after {task.key}") from problem
-            continue
-        row["seconds"] = round(time.perf_counter() - began, 1)
-        log.add(log_key | {"row": row})
-        say(progress_line(row))
+            found = task.failed("stopped the process when it was tried")
+        else:
+            log.add({"began": task.key})
+            try:
+                with until(deadline):
+                    found = task.measured(device)
+            except (OutOfTime, KeyboardInterrupt) as reason:  # no fault of the task's
+                log.add({"put off": task.key})
+                if isinstance(reason, KeyboardInterrupt):
+                    raise
+                missed.append(task.key)
+                deadline = 0.0
+                continue
+            except Exception as problem:  # ours failed: the record says how, and the other ops go on
+                found = task.failed(first_line(problem))
+                lost = problem if fatal(problem) else None
+        log.add({"done": task.key} | found)
+        say(threshold_line(found["threshold"]) if "threshold" in found else progress_line(found["row"]))
+        if lost is not None:
+            raise RuntimeError(f"CUDA is lost after {task.key}") from lost
     return missed
+
+
+def threshold_line(found: Mapping[str, Any]) -> str:
+    """What a threshold came to, for a terminal."""
+    if "error" in found:
+        return f"threshold of {found['op']}: {found['error']}"
+    times = ", ".join(f"{n}: {t['torch']:.3g} and {t['triton']:.3g}" for n, t in found["ms"].items())
+    return f"threshold of {found['op']}: {found['below']}; ms by torch and Triton of numbers {times}"
 
 
 def record_of(log: Log, ops: Sequence[Op], missed: Sequence[str], command: str, wall: float) -> dict[str, Any]:
@@ -221,6 +318,7 @@ def record_of(log: Log, ops: Sequence[Op], missed: Sequence[str], command: str, 
         "float32_matmul_precision": "high",
         "ceilings": log.find("ceilings"),
         "tests": log.find("tests"),
+        "thresholds": log.thresholds(),
         "not_reached": list(missed),
         "missing_peers": missing_peers(ops),
         "summary": summary(ops, rows, "gpu"),
@@ -245,9 +343,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def dry_run(ops: Sequence[Op]) -> Iterator[str]:
+def dry_run(ops: Sequence[Op], thresholds: Sequence[str]) -> Iterator[str]:
     """What would be measured, in order, with floors by the ceilings of an H200, and which peers are at hand."""
-    for task in plan(ops):
+    for task in plan(ops, thresholds):
+        if isinstance(task, Threshold):
+            yield f"{task.op}: how few numbers it leaves to plain torch"
+            continue
         if task.part == "compiled":
             yield f"{case_name(_names(task))}: the definition compiled"
             continue
@@ -295,11 +396,22 @@ def choose(only: Sequence[str] | None) -> list[Op]:
     """
     from benchmarks._ops import OPS
 
-    names = {op.name for op in OPS} | {op.name.partition(":")[0] for op in OPS}
+    names = {name for op in OPS for name in _called(op.name)}
     unknown = [name for name in only or () if name not in names]
     if unknown:
         sys.exit(f"--only {' '.join(unknown)}: no such op; there are {', '.join(op.name for op in OPS)}")
-    return [op for op in OPS if only is None or {op.name, op.name.partition(":")[0]} & set(only)]
+    return [op for op in OPS if only is None or _called(op.name) & set(only)]
+
+
+def choose_thresholds(only: Sequence[str] | None) -> list[str]:
+    """The keys of the table of thresholds of these names."""
+    from archzoo.kernels._threshold_problems import PROBLEMS
+
+    return [op for op in PROBLEMS if only is None or _called(op) & set(only)]
+
+
+def _called(op: str) -> set[str]:
+    return {op, op.partition(":")[0]}
 
 
 def main(argv: list[str]) -> None:
@@ -307,9 +419,9 @@ def main(argv: list[str]) -> None:
     add_peers(args.peers)
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("python -m benchmarks gpu: there is no CUDA device here; --dry-run lists what would be measured")
-    ops = choose(args.only)
+    ops, thresholds = choose(args.only), choose_thresholds(args.only)
     if args.dry_run:
-        for line in dry_run(ops):
+        for line in dry_run(ops, thresholds):
             print(line)
         return
     began = time.time()
@@ -324,11 +436,11 @@ def main(argv: list[str]) -> None:
         torch.cuda.empty_cache()
     print(json.dumps({"ceilings": log.find("ceilings")}), flush=True)
     if log.find("tests") is None:
-        log.add({"tests": run_tests(args.test_minutes)})
+        log.add({"tests": run_tests(min(args.test_minutes, (deadline - time.time()) / 60))})
     print(json.dumps({"tests": log.find("tests")}), flush=True)
     device = gpu_device(Ceilings(**log.find("ceilings")))
     command = f"python -m benchmarks gpu {' '.join(argv)}"
-    tasks = plan(ops)
+    tasks = plan(ops, thresholds)
     try:
         missed = work_off(tasks, log, device, deadline, lambda line: print(line, flush=True))
     except RuntimeError as lost:
@@ -338,6 +450,9 @@ def main(argv: list[str]) -> None:
     record = record_of(log, ops, missed, command, wall)
     record["picture"] = draw(record["rows"], args.out / "gpu_speed.png")
     (args.out / "gpu_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    if below := {found["op"]: found["below"] for found in record["thresholds"] if "below" in found}:
+        place = torch.device(device.place, torch.cuda.current_device())
+        _thresholds.write(below, place, args.out / _thresholds.TABLE.name)
     shown = {key: record[key] for key in ("summary", "missing_peers", "not_reached", "picture")}
     print(json.dumps(shown, indent=1))
     print(f"wrote {args.out / 'gpu_speed.json'}")

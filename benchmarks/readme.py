@@ -13,14 +13,14 @@ from typing import Any
 
 from archzoo.registry import card, get_layer, list_layers
 from benchmarks._ops import OPS
-from benchmarks._speed import kernels_table, signature_table, speed_table
+from benchmarks._speed import kernels_table, signature_table, speed_table, thresholds_table
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": {"layers", "digits", "speed"},
     "docs/results.md": set[str](),
-    "docs/kernels.md": {"kernels", "signatures"},
+    "docs/kernels.md": {"kernels", "signatures", "thresholds"},
 }
 """Where the tables are, and which each page must have."""
 
@@ -237,6 +237,7 @@ OWN_TABLES: dict[str, Callable[[], str]] = {
     "speed": speed_table,
     "kernels": lambda: kernels_table(OPS),
     "signatures": lambda: signature_table(OPS),
+    "thresholds": thresholds_table,
 }
 """Those that are no recorded comparison."""
 

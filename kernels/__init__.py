@@ -8,5 +8,6 @@ if __name__ != "archzoo.kernels":
 
 from archzoo.kernels._backend import use_backend
 from archzoo.kernels._block_sizes import tune
+from archzoo.kernels._thresholds import tune_thresholds
 
-__all__ = ["tune", "use_backend"]
+__all__ = ["tune", "tune_thresholds", "use_backend"]

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from archzoo.kernels._thresholds import is_below
+
 # Triton reads the variable when `@triton.jit` decorates, so it counts only if set before archzoo is imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _chosen: list[str | None] = [None]
@@ -27,9 +29,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class use_backend:  # noqa: N801 - reads as a verb; a class over a module global, which dynamo can trace
     """Context manager that makes every op use `"torch"` or `"triton"`.
 
-    Without it a CUDA tensor takes Triton, where the op has a Triton kernel, and any other takes torch. Gradients of
-    gradients and `torch.func` transforms are plain torch's then; inside `use_backend("triton")`, which insists, they
-    raise a RuntimeError.
+    Without it a CUDA tensor takes Triton, where the op has a Triton kernel and is not too small for it (as measured,
+    see `tune_thresholds`), and any other takes torch. Gradients of gradients and `torch.func` transforms are plain
+    torch's then; inside `use_backend("triton")`, which insists, they raise a RuntimeError.
 
     Args:
         name: `"torch"` or `"triton"`.
@@ -67,13 +69,14 @@ def wants_triton(x: Tensor) -> bool:
     return (HAS_TRITON and x.is_cuda) if _chosen[0] is None else _chosen[0] == "triton"
 
 
-def takes_triton(op: str, **tensors: Tensor | None) -> bool:
+def takes_triton(op: str, numbers: int | None = None, /, **tensors: Tensor | None) -> bool:
     """Whether an op on these tensors, of which the first decides, uses its Triton kernel. Asked in the public function.
 
     The answer is an argument of the custom op, as a graph must hold it, and a backward follow its forward.
 
     Args:
-        op: Name of the op, for the message.
+        op: Name of the op, for messages and the table of `_thresholds.py`.
+        numbers: How many the kernels go over, which is held against that table; by default those of the first tensor.
         tensors: By the names that the caller knows; None for one not given.
 
     Raises:
@@ -91,7 +94,7 @@ def takes_triton(op: str, **tensors: Tensor | None) -> bool:
             )
         if t.device != x.device or not (INTERPRET or x.device.type in ("cuda", "meta")):
             raise ValueError(f"{name} on {t.device}: must be on one CUDA device with all others, for Triton's {op}")
-    return True
+    return _chosen[0] is not None or not is_below(op, numbers, x)
 
 
 def refuse_triton(op: str, what: str) -> None:

@@ -85,6 +85,8 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def _capability_of_gpu(index: int | None) -> int:
+    if not torch.cuda.is_available():  # a fake tensor, as where a graph is made for another machine
+        return 0
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 

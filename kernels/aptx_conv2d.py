@@ -378,11 +378,13 @@ def aptx_conv2d(
         raise ValueError(f"bias has shape {tuple(bias.shape)}: must be ({outputs},)")
     images = (x if x.dim() == 4 else x.unsqueeze(0)).to(autocast_dtype(x))
     geometry = list(stride), padding_sides(padding, gamma.shape[2:], dilation), list(dilation)
-    check_output(x, _out_size(images.shape, gamma.shape, *geometry))
+    size = _out_size(images.shape, gamma.shape, *geometry)
+    check_output(x, size)
     if under_transform():
         refuse_triton("aptx_conv2d", "a torch.func transform")
         y = aptx_conv2d_reference(images, alpha, beta, gamma, bias, *geometry, groups)
     else:
-        triton = takes_triton("aptx_conv2d", x=x, alpha=alpha, beta=beta, gamma=gamma, bias=bias)
+        tensors = {"x": x, "alpha": alpha, "beta": beta, "gamma": gamma, "bias": bias}
+        triton = takes_triton("aptx_conv2d", images.shape[0] * math.prod(size) * gamma.numel(), **tensors)
         y = aptx_conv2d_op(images, alpha, beta, gamma, bias, *geometry, groups, triton)
     return y if x.dim() == 4 else y.squeeze(0)

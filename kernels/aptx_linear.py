@@ -372,6 +372,7 @@ def aptx_linear(x: Tensor, alpha: Tensor | None, beta: Tensor, gamma: Tensor, bi
     if under_transform():
         refuse_triton("aptx_linear", "a torch.func transform")
         return aptx_linear_reference(x, alpha, beta, gamma, bias)
-    triton = takes_triton("aptx_linear", x=x, alpha=alpha, beta=beta, gamma=gamma, bias=bias)
+    tensors = {"x": x, "alpha": alpha, "beta": beta, "gamma": gamma, "bias": bias}
+    triton = takes_triton("aptx_linear", x.numel() * outputs, **tensors)
     y: Tensor = aptx_linear_op(x.reshape(-1, features), alpha, beta, gamma, bias, triton)
     return y.view(*x.shape[:-1], outputs)

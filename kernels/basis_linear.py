@@ -395,7 +395,8 @@ def takes_kernels(
     for basis, *_ in terms:
         if basis.kernel is None:
             refuse_triton(op, f"the basis {type(basis).__name__}")
-    return takes_triton(op, x=x, bias=bias, **named)
+    kernel = terms[0][0].kernel
+    return takes_triton(op if kernel is None else f"{op}:{kernel.kind}", x=x, bias=bias, **named)
 
 
 def basis_linear(

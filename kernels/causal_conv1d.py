@@ -23,6 +23,7 @@ from archzoo.kernels._scan import check_seq_idx, check_shape, state_dtype
 
 _BLOCK = 2**17  # elements: half of one core's L2 cache for a block of the inputs, half for one of the outputs
 _ACTIVATIONS = (None, "silu")
+MOST_TAPS = 8  # that Triton's kernels, which unroll them all, take seconds to compile for
 
 
 def causal_conv1d_reference(
@@ -225,7 +226,7 @@ def causal_conv1d(
 
     Args:
         x: (batch, d, L), real floating point, of any strides; channel-last storage is the fastest.
-        weight: (d, W).
+        weight: (d, W); with more than 8 taps plain torch's, also on a GPU.
         bias: (d,).
         activation: None or `"silu"`.
         seq_idx: (batch, L), integers: a tap that reaches into another sequence adds nothing. What is in the initial
@@ -238,7 +239,7 @@ def causal_conv1d(
     Raises:
         ValueError: If a shape or dtype does not fit x, or the activation is unknown; the message names the argument;
             as `takes_triton`.
-        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform or with more than 8 taps.
     """
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype}: must be (batch, d, L) and real floating point")
@@ -266,6 +267,10 @@ def causal_conv1d(
     if under_transform():
         refuse_triton("causal_conv1d", "a torch.func transform")
         return _plain(*arguments).mT
-    triton = takes_triton("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
+    if W > MOST_TAPS:
+        refuse_triton("causal_conv1d", f"a weight of {W} taps, more than {MOST_TAPS},")
+    triton = W <= MOST_TAPS and takes_triton(
+        "causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state
+    )
     y: Tensor = causal_conv1d_op(*arguments, triton)
     return y.mT

@@ -311,6 +311,11 @@ def _check(A: Tensor, S: Tensor) -> None:
         )
 
 
+def _products(A: Tensor, S: Tensor) -> int:
+    """How many H is the sum of."""
+    return S.numel() * A.shape[1] * A.shape[2]
+
+
 def kron_sum(A: Tensor, S: Tensor) -> Tensor:
     """H = sum_i A_i (x) S_i, differentiable.
 
@@ -332,7 +337,7 @@ def kron_sum(A: Tensor, S: Tensor) -> Tensor:
     if under_transform():
         refuse_triton("kron_sum", "a torch.func transform")
         return _build(A, S, dtype)
-    H: Tensor = kron_sum_op(A, S, dtype, takes_triton("kron_sum", S=S, A=A))
+    H: Tensor = kron_sum_op(A, S, dtype, takes_triton("kron_sum", _products(A, S), S=S, A=A))
     return H
 
 
@@ -362,6 +367,6 @@ def kron_linear(x: Tensor, A: Tensor, S: Tensor) -> Tensor:
     if under_transform():
         refuse_triton("kron_linear", "a torch.func transform")
         return _plain(x, A, S)
-    triton = takes_triton("kron_linear", x=x, A=A, S=S)
+    triton = takes_triton("kron_linear", _products(A, S), x=x, A=A, S=S)
     y: Tensor = kron_linear_op(x.reshape(-1, features), A, S, triton)
     return y.view(*x.shape[:-1], A.shape[1] * S.shape[1])

@@ -312,7 +312,7 @@ def nmu_product(x: Tensor, w: Tensor) -> Tensor:
     if under_transform():
         refuse_triton("nmu_product", "a torch.func transform")
         return _wide_plain(x, w).to(autocast_dtype(x))
-    triton = takes_triton("nmu_product", x=x, w=w)
+    triton = takes_triton("nmu_product", x.numel() * outputs, x=x, w=w)
     if features <= _FEW and x.numel() * outputs <= _SMALL and plain_eager(x) and not triton:
         y = _few(x, w)
     elif x.dim() == 2:

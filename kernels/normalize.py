@@ -10,7 +10,7 @@ program. A few launches for a layer: 8 matrices of 4096 x 4096 in bfloat16 take 
 import torch
 from torch import Tensor, nn
 
-from archzoo.kernels._backend import wants_triton
+from archzoo.kernels._backend import takes_triton
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels.normalized_residual import EPS
 
@@ -66,7 +66,7 @@ def normalize_(weight: Tensor, dim: int) -> None:
     """
     if weight.dim() != 2 or dim not in (0, 1):
         raise ValueError(f"weight of shape {tuple(weight.shape)}, dim={dim}: must be a matrix, and 0 or 1")
-    if type(weight) in (Tensor, nn.Parameter) and wants_triton(weight):
+    if type(weight) in (Tensor, nn.Parameter) and takes_triton("normalize", weight=weight):
         _normalize_op(weight, dim)
     else:
         _normalize(weight, dim, False)

@@ -17,6 +17,8 @@ from archzoo.kernels._op import cast, plain_eager, under_transform, without_auto
 from archzoo.kernels._scan import check_shape
 from archzoo.kernels.selective_scan import selective_scan
 
+_NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
 
 def selective_state_update(
     state: Tensor,
@@ -162,9 +164,7 @@ def state_update(
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if under_transform():
         refuse_triton("selective_state_update", "a torch.func transform")
-    elif wants_triton(state):
-        names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        takes_triton("selective_state_update", **dict(zip(names, tensors, strict=True)))
+    elif wants_triton(state) and takes_triton("selective_state_update", **dict(zip(_NAMES, tensors, strict=True))):
         if trains:
             return _by_scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         update = _update if plain_eager(x) else torch.ops.archzoo.selective_state_update

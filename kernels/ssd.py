@@ -395,7 +395,8 @@ def ssd(
         refuse_triton("ssd", "a torch.func transform")
         out, final = _definition(*tensors, int(chunk_size), *numbers)
     else:
-        triton = takes_triton("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+        floating = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+        triton = takes_triton("ssd", x.numel() * B.shape[-1], **floating, initial_state=initial_state)
         steps = triton_steps(x, int(chunk_size)) if triton else int(chunk_size)
         out, final = ssd_op(*tensors, steps, *numbers, triton)
     return (out, final) if return_final_state else out

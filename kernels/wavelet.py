@@ -405,7 +405,8 @@ def wavelet_linear(
         refuse_triton("wavelet_linear", "a torch.func transform")
         y = wavelet_linear_reference(x, weight, scale, translation, bias, wavelet)
     else:
-        triton = takes_triton("wavelet_linear", x=x, weight=weight, scale=scale, translation=translation, bias=bias)
+        tensors = {"x": x, "weight": weight, "scale": scale, "translation": translation, "bias": bias}
+        triton = takes_triton("wavelet_linear", x.numel() * len(weight), **tensors)
         y = wavelet_linear_op(x.reshape(-1, features), weight, scale, translation, bias, wavelet, triton)
         y = y.view(*x.shape[:-1], len(weight))
     return y.to(autocast_dtype(x))

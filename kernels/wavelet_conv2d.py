@@ -308,12 +308,14 @@ def wavelet_conv2d(
     check_input(x, weight.shape[1] * groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     geometry = list(stride), padding_sides(padding, weight.shape[2:], dilation), list(dilation)
-    check_output(x, _out_size(images.shape, weight.shape, *geometry))
+    size = _out_size(images.shape, weight.shape, *geometry)
+    check_output(x, size)
     if under_transform():
         refuse_triton("wavelet_conv2d", "a torch.func transform")
         y = wavelet_conv2d_reference(images, weight, scale, translation, bias, wavelet, *geometry, groups, pad_value)
     else:
-        triton = takes_triton("wavelet_conv2d", x=x, weight=weight, scale=scale, translation=translation, bias=bias)
+        tensors = {"x": x, "weight": weight, "scale": scale, "translation": translation, "bias": bias}
+        triton = takes_triton("wavelet_conv2d", images.shape[0] * math.prod(size) * weight.numel(), **tensors)
         parameters = weight, scale, translation, bias
         y = wavelet_conv2d_op(images, *parameters, wavelet, *geometry, groups, pad_value, triton)
     y = y.to(autocast_dtype(x))

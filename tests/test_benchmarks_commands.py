@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -56,18 +58,26 @@ def test_every_op_is_measured_once_before_any_is_twice():
     assert {task.op.name for task in tasks if not task.first} == {op.name for op in OPS if len(op.gpu) > 1}
 
 
+def test_thresholds_are_measured_with_their_ops_those_without_a_case_before_second_sizes():
+    keys = [task.key.split()[:2] for task in gpu.plan(SMALL, ["normalize", "normalized_residual", "rational"])]
+    names = ["rational", "normalized_residual"]
+    of_each = [[part, name] for name in names for part in ("threshold", "compiled")]
+    both = [["eager", name] for name in names] + [["compiled", name] for name in names]
+    assert keys == [*both[:2], *of_each, ["threshold", "normalize"], *both]
+
+
 def test_what_the_time_does_not_reach_is_listed_and_the_next_run_goes_on(tmp_path, monkeypatch):
     tasks = [task for task in gpu.plan(SMALL) if task.part == "eager"]
     now = [100.0]
     monkeypatch.setattr(gpu.time, "time", lambda: now[0])
 
     def slow(calls):
-        now[0] += 1.0
+        now[0] += 100.0
         return times(calls)
 
     log = gpu.Log(tmp_path / "cases.jsonl")
     said = []
-    missed = gpu.work_off(tasks, log, dataclasses.replace(device(), race=slow), 103.0, said.append)
+    missed = gpu.work_off(tasks, log, dataclasses.replace(device(), race=slow), 400.0, said.append)
     assert missed == [task.key for task in tasks[2:]]
     assert [line.partition(" ")[0] for line in said] == ["rational", "normalized_residual"]
     again = gpu.Log(tmp_path / "cases.jsonl")
@@ -76,6 +86,54 @@ def test_what_the_time_does_not_reach_is_listed_and_the_next_run_goes_on(tmp_pat
     rows = _speed.merged(gpu.Log(tmp_path / "cases.jsonl").rows())
     assert len(rows) == len(tasks)
     assert all(row["repeatable"] and row["floor"]["f_ms"] > 0 for row in rows)
+
+
+def test_a_case_that_the_deadline_meets_is_put_off(tmp_path, monkeypatch):
+    tasks = [task for task in gpu.plan(SMALL) if task.part == "eager"]
+
+    def endless(*args, **options):
+        with suppress(Exception):  # as a contestant's failure is
+            time.sleep(60)
+
+    log, began = gpu.Log(tmp_path / "cases.jsonl"), time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "measure", endless)
+        missed = gpu.work_off(tasks, log, device(), time.time() + 0.2, print)
+    assert time.time() - began < 30
+    assert missed == [task.key for task in tasks]
+    assert [*log.lines[0], *log.lines[-1]] == ["began", "put off"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert gpu.work_off(tasks[:1], gpu.Log(log.path), device(), 1e12, print) == []
+    assert "error" not in gpu.Log(log.path).rows()[0]
+
+
+def test_a_compiled_part_that_fails_leaves_the_case_and_the_record_stands(tmp_path, monkeypatch):
+    eager, compiled = gpu.plan(SMALL[:1])[:2]
+    log = gpu.Log(tmp_path / "cases.jsonl")
+    gpu.work_off([eager], log, device(), 1e12, print)
+    monkeypatch.setattr(gpu, "measure", lambda *args, **options: 1 / 0)
+    gpu.work_off([compiled, gpu.plan(SMALL)[1]], log, device(), 1e12, print)
+    case, failed = gpu.record_of(log, SMALL, [], "command", 1.0)["rows"]
+    assert case["contestants"][COMPILED] == {"error": "ZeroDivisionError: division by zero"}
+    assert "f_ms" in case["contestants"][OURS]
+    assert "error" not in case
+    assert failed["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_threshold_is_measured_told_and_tried_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    tried = {8192: {"torch": 2e-3, "triton": 1e-3}, 4096: {"torch": 1e-3, "triton": 1.5e-3}}
+    monkeypatch.setattr(gpu._thresholds, "measure", lambda op, place: (8192, tried) if op == "ssd" else 1 / 0)
+    log, said = gpu.Log(tmp_path / "cases.jsonl"), []
+    for _ in range(2):
+        assert gpu.work_off([gpu.Threshold("ssd"), gpu.Threshold("rational")], log, device(), 1e12, said.append) == []
+    assert said == [
+        "threshold of ssd: 8192; ms by torch and Triton of numbers 4096: 1 and 1.5, 8192: 2 and 1",
+        "threshold of rational: ZeroDivisionError: division by zero",
+    ]
+    assert [found.get("below") for found in log.thresholds()] == [8192, None]
+    assert gpu.choose_thresholds(["rational", "basis_linear:cubic"]) == ["rational", "basis_linear:cubic"]
+    assert len(gpu.choose_thresholds(["basis_linear"])) == 7
 
 
 def test_a_fault_is_told_and_ends_neither_the_others_nor_the_next_process(tmp_path):
@@ -136,6 +194,10 @@ def test_the_whole_command_with_a_stand_in_for_the_device(tmp_path, monkeypatch,
     monkeypatch.setattr(gpu, "environment", lambda: {"device": "stand-in"})
     monkeypatch.setattr(gpu, "gpu_device", lambda ceilings: dataclasses.replace(device(), ceilings=ceilings))
     monkeypatch.setattr(gpu, "choose", lambda only: SMALL)
+    monkeypatch.setattr(gpu, "choose_thresholds", lambda only: ["rational"])
+    monkeypatch.setattr(gpu._thresholds, "measure", lambda op, place: (4096, {}))
+    monkeypatch.setattr(gpu._thresholds, "_capability", lambda place: 90)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     for _ in range(2):
@@ -148,7 +210,8 @@ def test_the_whole_command_with_a_stand_in_for_the_device(tmp_path, monkeypatch,
     assert record["ceilings"]["copy"] == H200.copy
     assert record["not_reached"] == []
     assert record["picture"] == "drew gpu_speed.png"
-    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 2 + 2 * 8  # begun and done
+    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 2 + 2 * 9  # begun and done
+    assert json.loads((tmp_path / "thresholds.json").read_text())["rational"]["sm90"] == 4096
     assert "wrote" in capsys.readouterr().out
 
 
@@ -302,6 +365,20 @@ def test_tables_show_records_and_what_is_faster(tmp_path, monkeypatch):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.draw(rows, tmp_path / "speed.png") == "no picture: matplotlib is not installed"
+
+
+def test_the_table_of_thresholds_has_what_was_measured(tmp_path, monkeypatch):
+    table = tmp_path / "thresholds.json"
+    monkeypatch.setattr(_speed._thresholds, "TABLE", table)
+    table.write_text("{}")
+    assert _speed.thresholds_table() == "Not measured on any device yet: on every GPU Triton takes all sizes."
+    measured = {"rational": {"sm90": 0}, "basis_linear:cubic": {"sm90": 65536, "sm100": 4096}}
+    table.write_text(json.dumps(measured | {"basis_linear:rbf": {"sm90": 8192}}))
+    lines = _speed.thresholds_table().splitlines()
+    assert lines[0] == "| op | its numbers | torch below, sm90 | torch below, sm100 |"
+    assert "| `rational` | x | 0 | not measured |" in lines
+    assert "| `basis_linear` | x; each kind of basis by itself | cubic 65,536, rbf 8,192 | cubic 4,096 |" in lines
+    assert "| `ssd` | x, times the states of a head | not measured | not measured |" in lines
 
 
 def test_a_record_has_everything_of_both_parts(tmp_path):
