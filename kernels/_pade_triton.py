@@ -17,7 +17,7 @@ from torch import Tensor
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
 from archzoo.kernels._op import compute_dtype
 from archzoo.kernels._pade import TermGradients
-from archzoo.kernels._triton import accumulator, cdiv, helper, launch, span
+from archzoo.kernels._triton import accumulator, cdiv, helper, launch, narrow, span
 
 
 @helper
@@ -43,11 +43,12 @@ def _bias(bias_ptr, rows, cols, R, C, channels, BY_COLUMN: tl.constexpr, ACC: tl
 
 
 @helper
-def _store(ptr, at, value, inside):
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
+def store(ptr, at, value, inside):
+    """A value at those places that are inside, in the dtype there."""
+    tl.store(ptr + at, narrow(value, ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tiles"])
 def _forward_kernel(
     p_low_ptr, p_ptr, q_low_ptr, q_ptr, bias_ptr, y_ptr, kept_ptr, R, C, channels, tiles, q_step, kept_step,
     EPS: tl.constexpr, ABSOLUTE: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr,
@@ -64,12 +65,12 @@ def _forward_kernel(
         if p_low_ptr is not None:
             P += tl.load(p_low_ptr + at, mask=inside, other=0.0).to(ACC)
             if not ABSOLUTE and kept_ptr is not None:
-                _store(kept_ptr, at, P, inside)
+                store(kept_ptr, at, P, inside)
                 kept_ptr += kept_step
         P_low = P
         P += tl.load(p_ptr + at, mask=inside, other=0.0).to(ACC)
         if kept_ptr is not None:
-            _store(kept_ptr, at, P, inside)
+            store(kept_ptr, at, P, inside)
             kept_ptr += kept_step
     if q_ptr is None:
         y = P
@@ -84,16 +85,16 @@ def _forward_kernel(
         if q_low_ptr is not None:
             Q_low += tl.load(q_low_ptr + at, mask=inside, other=0.0).to(ACC)
             if kept_ptr is not None:
-                _store(kept_ptr, at, Q_low, inside)
+                store(kept_ptr, at, Q_low, inside)
                 kept_ptr += kept_step
         Q = Q_low + tl.load(q_ptr + at, mask=inside, other=0.0).to(ACC)
         if kept_ptr is not None:
-            _store(kept_ptr, at, Q, inside)
+            store(kept_ptr, at, Q, inside)
         y, _ = smooth_value(P, P_low, Q, Q_low, EPS)
-    _store(y_ptr, at, y, inside)
+    store(y_ptr, at, y, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tiles"])
 def _backward_kernel(
     dy_ptr, kept_ptr, bias_ptr, dp_ptr, dq_ptr, partial_ptr, R, C, channels, tiles, kept_step, d_step,
     EPS: tl.constexpr, ABSOLUTE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr,
@@ -132,9 +133,9 @@ def _backward_kernel(
             for k in range(N):
                 q = tl.load(kept + k * kept_step, mask=inside, other=0.0).to(ACC)
                 dq = tl.where(q > 0, shared, tl.where(q < 0, -shared, 0.0 * shared))
-                _store(dq_ptr + k * d_step, at, dq, inside)
+                store(dq_ptr + k * d_step, at, dq, inside)
             if M > 0:
-                _store(dp_ptr, at, dP, inside)
+                store(dp_ptr, at, dP, inside)
             above = dP
         else:
             Q_low = tl.full((ROWS, COLS), 1.0, ACC)
@@ -148,15 +149,15 @@ def _backward_kernel(
             above = dP + r * Q_low if M > 0 else dP  # of every lower term of the numerator, and of w_0
             dQ = r * (P - 2.0 * Q * y)
             if N >= 2:
-                _store(dq_ptr, at, dQ + r * (P_low - 2.0 * Q_low * y), inside)
-                _store(dq_ptr + d_step, at, dQ, inside)
+                store(dq_ptr, at, dQ + r * (P_low - 2.0 * Q_low * y), inside)
+                store(dq_ptr + d_step, at, dQ, inside)
             else:
-                _store(dq_ptr, at, dQ, inside)
+                store(dq_ptr, at, dQ, inside)
             if M >= 2:
-                _store(dp_ptr, at, above, inside)
-                _store(dp_ptr + d_step, at, dP, inside)
+                store(dp_ptr, at, above, inside)
+                store(dp_ptr + d_step, at, dP, inside)
             elif M == 1:
-                _store(dp_ptr, at, dP, inside)
+                store(dp_ptr, at, dP, inside)
         if partial_ptr is not None:
             if BY_COLUMN:
                 total += above  # 0 outside, where dy is

@@ -4,7 +4,8 @@
 A program has a tile of outputs, and walks the inputs. It loads a tile of x once, makes its powers in registers, and
 multiplies each by the weights of its degree: M + N products share one tile, and add into at most four sums in float32.
 Where there are more sums, tiles are narrower, so that all stay in registers. The absolute variant with more than three
-terms in its denominator would need more of them: there each term is a GEMM of torch's.
+terms in its denominator would need more of them: there each term is a GEMM of torch's. With SPLIT, what rounding a
+power to 16 bits takes away is multiplied too, where it goes into a denominator.
 """
 
 from typing import Any
@@ -15,21 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from archzoo.kernels import _pade_triton
-from archzoo.kernels._block_sizes import Blocks, BlockSizes
-from archzoo.kernels._pade_triton import smooth_value
-from archzoo.kernels._triton import accumulator, cdiv, dot, dot_precision, helper, launch, span
-from archzoo.kernels.paon_linear import _accumulators, _degree, _powers, _work_dtype
+from archzoo.kernels._block_sizes import Blocks, BlockSizes, power_of_two
+from archzoo.kernels._pade_triton import smooth_value, store
+from archzoo.kernels._triton import accumulator, cdiv, dot, dot_precision, launch, narrow, span
+from archzoo.kernels.paon_linear import _accumulators, _degree, _powers, _work_dtype, rounding_matters
 
 
-@helper
-def _store(ptr, at, value, inside):
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _forward_kernel(
     x_ptr, w_ptr, v_ptr, bias_ptr, y_ptr, kept_ptr, B, D, E,
     EPS: tl.constexpr, ABSOLUTE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEGREE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +54,7 @@ def _forward_kernel(
         for k in tl.static_range(1, DEGREE + 1):
             if k > 1:
                 power = power * wide
-            a = power.to(x_ptr.dtype.element_ty) if k > 1 else x
+            a = narrow(power, x_ptr.dtype.element_ty) if k > 1 else x
             if k <= M:
                 w = tl.load(w_ptr + (k - 1) * size + weight, mask=inside, other=0.0)
                 if k == M or ABSOLUTE or N == 0:
@@ -67,10 +64,14 @@ def _forward_kernel(
             if k <= N:
                 v = tl.load(v_ptr + (k - 1) * size + weight, mask=inside, other=0.0)
                 if k == (1 if ABSOLUTE else N):
+                    if SPLIT:
+                        q = dot((power - a.to(ACC)).to(a.dtype), v, q, PRECISION)
                     q = dot(a, v, q, PRECISION)
                 elif k == 3 and ABSOLUTE:
                     p_low = dot(a, v, p_low, PRECISION)  # which that variant has no other use for
                 else:
+                    if SPLIT and k > 1:
+                        q_low = dot((power - a.to(ACC)).to(a.dtype), v, q_low, PRECISION)
                     q_low = dot(a, v, q_low, PRECISION)
     inside = in_rows & in_outs
     at = rows[:, None] * E + outs[None, :]
@@ -84,13 +85,13 @@ def _forward_kernel(
         P = bias + p
         if kept_ptr is not None:
             if M >= 1:
-                _store(kept_ptr, at, P, inside)
+                store(kept_ptr, at, P, inside)
                 kept_ptr += step
-            _store(kept_ptr, at, q, inside)
+            store(kept_ptr, at, q, inside)
             if N >= 2:
-                _store(kept_ptr + step, at, q_low, inside)
+                store(kept_ptr + step, at, q_low, inside)
             if N >= 3:
-                _store(kept_ptr + 2 * step, at, p_low, inside)
+                store(kept_ptr + 2 * step, at, p_low, inside)
         y = P / (1.0 + tl.abs(q) + tl.abs(q_low) + tl.abs(p_low))
     else:
         P_low = bias + p_low
@@ -99,19 +100,19 @@ def _forward_kernel(
         Q = Q_low + q
         if kept_ptr is not None:
             if M >= 2:
-                _store(kept_ptr, at, P_low, inside)
+                store(kept_ptr, at, P_low, inside)
                 kept_ptr += step
             if M >= 1:
-                _store(kept_ptr, at, P, inside)
+                store(kept_ptr, at, P, inside)
                 kept_ptr += step
             if N >= 2:
-                _store(kept_ptr, at, Q_low, inside)
+                store(kept_ptr, at, Q_low, inside)
                 kept_ptr += step
-            _store(kept_ptr, at, Q, inside)
+            store(kept_ptr, at, Q, inside)
         if M == 0:
             P_low = tl.full((BM, BN), 0.0, ACC)
         y, _ = smooth_value(P, P_low, Q, Q_low, EPS)
-    _store(y_ptr, at, y, inside)
+    store(y_ptr, at, y, inside)
 
 
 def _fused(
@@ -126,10 +127,11 @@ def _fused(
 ) -> None:
     """All in one kernel. Tensors are contiguous, and but for the bias and y of one dtype."""
     (B, D), E, M, N = x.shape, y.shape[1], _degree(W), _degree(V)
-    blocks = FORWARD.of(x, B, E, max(1, sum(_accumulators(M, N, absolute))))
+    sums = max(1, sum(_accumulators(M, N, absolute)))
+    blocks = FORWARD.of(x, B, E, sums * max(1, power_of_two(max(M, N)) // 2))
     launch(
         _forward_kernel, (cdiv(B, blocks["BM"]) * cdiv(E, blocks["BN"]),), x, W, V, bias, y, kept, B, D, E,
-        EPS=eps, ABSOLUTE=absolute, M=M, N=N, DEGREE=max(M, N),
+        EPS=eps, ABSOLUTE=absolute, M=M, N=N, DEGREE=max(M, N), SPLIT=rounding_matters(x.dtype, N, absolute),
         PRECISION=dot_precision(x.dtype), ACC=accumulator(x.dtype), **blocks,
     )  # fmt: skip
 
@@ -170,16 +172,18 @@ def forward(
 
 
 def _rule(dtype: torch.dtype, B: int, E: int, sums: int) -> Blocks:
+    """By the number of sums; times 2 for degrees 3 and 4, 4 up to 8, ..., as powers and their weights take room too."""
     if dtype == torch.float64:
-        return {"BM": 32, "BN": 32, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+        return {"BM": 32, "BN": 32, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2 if sums <= 16 else 1}
     narrow = dtype.itemsize == 2
-    rows = max(16, min(B, 128))
+    rows = max(16, min(B, 64 if sums > 4 else 128))
     cols = (128 if sums == 1 else 64) if narrow else (64 if sums <= 2 else 32)
     if cdiv(B, rows) * cdiv(E, cols) < 128:  # of a small batch, more and smaller programs
         rows, cols = min(rows, 64), 32
-    warps = 8 if rows == 128 else 4
+    warps = 8 if rows == 128 or sums > 4 else 4
     depth = (64 if sums <= 2 else 32) if narrow else 16
-    return {"BM": rows, "BN": cols, "BK": depth, "GROUP": 8, "num_warps": warps, "num_stages": 3 if depth == 64 else 4}
+    stages = max(1, min(4, 192 // depth, 32 // sums))
+    return {"BM": rows, "BN": cols, "BK": depth, "GROUP": 8, "num_warps": warps, "num_stages": stages}
 
 
 def _candidates(dtype: torch.dtype, B: int, E: int, sums: int) -> list[Blocks]:
@@ -197,13 +201,17 @@ def _candidates(dtype: torch.dtype, B: int, E: int, sums: int) -> list[Blocks]:
 
 
 def _problem(dtype: torch.dtype, device: Any, B: int, E: int, sums: int) -> Any:
-    M, N = {1: (1, 0), 2: (1, 1), 3: (2, 1), 4: (2, 2)}[sums]
+    M, N = {1: (1, 0), 2: (1, 1), 3: (2, 1), 4: (2, 2), 8: (3, 3)}[sums]
     x, bias = torch.randn(B, 768, dtype=dtype, device=device), torch.randn(E, dtype=dtype, device=device)
     W, V = (torch.randn(n, E, 768, dtype=dtype, device=device) / 28 for n in (M, N))
     return lambda: forward(x, W, V if N else None, bias, False, 1e-6, True)
 
 
 FORWARD = BlockSizes(
-    "paon_linear", _rule, _candidates, _problem, [(8192, 3072, 2), (8192, 3072, 3), (8192, 3072, 4), (64, 3072, 4)]
+    "paon_linear",
+    _rule,
+    _candidates,
+    _problem,
+    [*((8192, 3072, n) for n in (2, 3, 4, 8)), (64, 3072, 4), (64, 3072, 8)],
 )
 TUNED = (FORWARD,)

@@ -29,8 +29,8 @@ holds the votes; inside `use_backend("triton")` they raise. Measured beside the 
 capsule_speed`.
 
 Triton: votes are made in registers, again in every round, and a round is two kernels. Floor 0.014 ms at 256 samples of
-the paper's network, H200, three rounds; with votes kept in bfloat16 it would be 0.133. Where the weights of one lower
-capsule take more than 16 KiB, sizes being rounded up to powers of two, that does not fit, and plain torch does it.
+the paper's network, H200, three rounds; with votes kept in bfloat16 it would be 0.133. Of more than 256 votes a lower
+capsule they are made in tiles, twice a round: first for the softmax, of which N I numbers are held, then for the sums.
 """
 
 from typing import Any
@@ -39,7 +39,6 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels._backend import refuse_triton, takes_triton
-from archzoo.kernels._block_sizes import power_of_two
 from archzoo.kernels._capsule_passes import couple, passes
 from archzoo.kernels._op import (
     DifferentiableOp,
@@ -47,6 +46,7 @@ from archzoo.kernels._op import (
     compute_dtype,
     empty_if,
     flop_formula,
+    running_sum,
     under_transform,
     without_autocast,
 )
@@ -154,11 +154,11 @@ def _backward(
     triton: bool = False,
 ) -> list[Tensor]:
     """Gradients of u, weight and bias. What is not needed is not computed, and comes back with no elements."""
-    totals = squash(sums[:-1]).cumsum(0)
+    totals = running_sum(squash(sums[:-1]), 0)
     if triton:
-        from archzoo.kernels import _capsule_routing_triton
+        from archzoo.kernels import _capsule_routing_backward_triton
 
-        found = _capsule_routing_triton.backward(dv, u, weight, sums, totals, leaky, detach, *needed)
+        found = _capsule_routing_backward_triton.backward(dv, u, weight, sums, totals, leaky, detach, *needed)
     else:
         found = _plain_backward(dv, u, weight, sums, totals, leaky, detach, *needed)
     return [
@@ -270,12 +270,6 @@ def _check(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> N
         raise ValueError(f"iterations={iterations!r}: must be a whole number, 1 or more")
 
 
-def _fits(u: Tensor, weight: Tensor) -> bool:
-    """Whether the weights and votes of one lower capsule stay in a processor's registers and shared memory."""
-    upper, d, k = (power_of_two(n) for n in weight.shape[1:])
-    return max(4, upper) * max(4, d) * max(16, k) * max(u.itemsize, weight.itemsize) <= 2**14
-
-
 @torch.no_grad()
 def _couplings(u: Tensor, weight: Tensor, total: Tensor, leaky: bool) -> Tensor:
     """The couplings (N, I, J) that belong to V (N, J, D), chunk by chunk of the lower capsules."""
@@ -313,7 +307,7 @@ def capsule_routing(
 
     Raises:
         ValueError: If a shape or dtype does not fit, or there are no rounds; as `takes_triton`.
-        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform, or if the sizes do not fit it.
+        RuntimeError: Inside `use_backend("triton")`, under a `torch.func` transform.
     """
     _check(u, weight, bias, iterations)
     if under_transform():
@@ -322,10 +316,7 @@ def capsule_routing(
         return (v, coupling) if return_coupling else v
     leading = u.shape[:-2]
     flat = u.reshape(-1, *u.shape[-2:])
-    triton = takes_triton("capsule_routing", u=u, weight=weight, bias=bias)
-    if triton and not _fits(u, weight):
-        refuse_triton("capsule_routing", f"a weight of shape {tuple(weight.shape)}")
-        triton = False
+    triton = takes_triton("capsule_routing", flat.shape[0] * weight.numel(), u=u, weight=weight, bias=bias)
     inputs = flat, weight, bias, iterations, leaky, detach, triton
     if not return_coupling:
         only: Tensor = capsule_routing_op(*inputs)

@@ -15,6 +15,8 @@ transforms and higher derivatives go through the definition in plain torch; insi
 
 Triton: cuDNN's convolutions by tensor cores, in the inputs' dtype, then one pass over their outputs; backward one pass
 over dy and the accumulators, and 2 (M + N) convolutions. Floor: those convolutions. What is kept has the inputs' dtype.
+In 16 bits a smooth denominator of degree 3 or more, as it comes near 0 and enlarges roundings, is made in float32: by
+TF32, which for float16 does not help, unless `torch.backends.cudnn.allow_tf32` is off.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +39,14 @@ from archzoo.kernels._op import (
     under_transform,
     without_autocast,
 )
-from archzoo.kernels.paon_linear import _accumulators, _degree, _unpack, _wants_gradient, _work_dtype
+from archzoo.kernels.paon_linear import (
+    _accumulators,
+    _degree,
+    _unpack,
+    _wants_gradient,
+    _work_dtype,
+    rounding_matters,
+)
 
 # Input, accumulators and their gradients of the images of a block.
 _CPU_BLOCK, _GPU_BLOCK = 3 * 2**22, 2**28  # bytes
@@ -194,18 +203,19 @@ def _forward_triton(
     M, N = _degree(numerator), _degree(denominator)
     out = _out_shape(x.shape, _weights(numerator, denominator).shape, *geometry)
     work, wide = _work_dtype(True, x, numerator, denominator), compute_dtype(x, numerator, denominator)
-    W, V = (None if t is None else t.to(work) for t in (numerator, denominator))
+    below = wide if rounding_matters(work, N, absolute) else work
+    W, V = (None if t is None else t.to(dtype) for t, dtype in ((numerator, work), (denominator, below)))
     (n_p, n_q), stacked = _accumulators(M, N, absolute), absolute and N > 0
     saved = torch.empty(n_p + n_q if keep or stacked else 0, *out, dtype=work, device=x.device)
     y = torch.empty(out, dtype=x.dtype, device=x.device)
     for images in _blocks(x, out, n_p + n_q + 3):
-        power = z = x[images].to(work).contiguous()
+        power = z = x[images].to(below).contiguous()
         kept, p, q = saved[:, images], list[Tensor](), list[Tensor]()
         for k in range(1, max(M, N) + 1):
             power = power if k == 1 else power * z
             for side, weight in ((p, W), (q, V)):
                 if weight is not None and k <= len(weight):
-                    term = _convolution(power, weight[k - 1], None, *geometry)
+                    term = _convolution(power.to(weight.dtype), weight[k - 1], None, *geometry)
                     if stacked and weight is V:
                         kept[n_p + k - 1] = term
                         continue
@@ -291,7 +301,7 @@ def _backward(
                     if need:
                         total[k - 1] += d_weight
                     if needed[0]:
-                        through = d_power if through is None else through.add_(d_power)
+                        through = d_power.to(wide) if through is None else through.add_(d_power)
             if through is not None:
                 below = through if below is None else below.addcmul_(lower, through, value=k)
         if below is not None:
@@ -401,7 +411,7 @@ def _call(
         y = paon_conv2d_reference(images, numerator, denominator, bias, *geometry, absolute, eps)
     else:
         tensors = {"x": images, "numerator": numerator, "denominator": denominator, "bias": bias}
-        triton, keep = takes_triton("paon_conv2d", **tensors), _wants_gradient(*tensors.values())
+        triton, keep = takes_triton("paon_conv2d", prod(out), **tensors), _wants_gradient(*tensors.values())
         y = paon_conv2d_op(*tensors.values(), *geometry, absolute, eps, keep, triton)
     return y if x.dim() == 4 else y.squeeze(0)
 

@@ -22,7 +22,9 @@ share it, and applies the rational function to their float32 sums; with no gradi
 floor are the M + N GEMMs by tensor cores: 0.147 ms for [2/1], 8192 x 768 -> 3072, bfloat16, H200. The q_k of the
 absolute variant are GEMMs of their own, then one pass over them; backward one pass over the accumulators and 2 (M + N)
 GEMMs. Products are of x^k in the inputs' dtype, which in float16 overflows beyond |x|^k = 65504, and what is kept has
-that dtype.
+that dtype. A smooth denominator comes near 0 from degree 3 on, and enlarges roundings: there each power's that goes
+into it is one GEMM more, [3/3] takes 8 and not 6. Error of [3/3], x normal, bfloat16, of y, dx, dV: 0.002, 0.006,
+0.004; without, and with 16-bit GEMMs in plain torch, 0.02, 0.05, 0.05. The other neurons do not need it.
 """
 
 import functools
@@ -90,6 +92,11 @@ def _unpack(
     P = p[-1] if M else w0
     P_low = p[0] if M >= 2 else w0 if M == 1 else 0.0
     return P, P_low, q[-1], q[0] if N >= 2 else 1.0
+
+
+def rounding_matters(dtype: torch.dtype, N: int, absolute: bool) -> bool:
+    """Whether powers rounded to this dtype would spoil y, as they do where a denominator comes near 0."""
+    return dtype.itemsize == 2 and N >= 3 and not absolute
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -339,7 +346,7 @@ def paon_linear(
         refuse_triton("paon_linear", "a torch.func transform")
         return paon_linear_reference(x, numerator, denominator, bias, variant == "absolute", eps)
     tensors = {"x": x, "numerator": numerator, "denominator": denominator, "bias": bias}
-    triton, keep = takes_triton("paon_linear", **tensors), _wants_gradient(*tensors.values())
-    rows = x.reshape(-1, x.shape[-1])
+    rows, keep = x.reshape(-1, x.shape[-1]), _wants_gradient(*tensors.values())
+    triton = takes_triton("paon_linear", rows.shape[0] * columns, **tensors)
     y: Tensor = paon_linear_op(rows, numerator, denominator, bias, variant == "absolute", eps, keep, triton)
     return y.view(*x.shape[:-1], columns)

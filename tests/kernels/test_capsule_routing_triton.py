@@ -35,7 +35,8 @@ def triton():
 @pytest.fixture
 def blocks():
     """Several programs along every axis, of several steps each."""
-    from archzoo.kernels._capsule_routing_triton import BACKWARD, FORWARD
+    from archzoo.kernels._capsule_routing_backward_triton import BACKWARD
+    from archzoo.kernels._capsule_routing_triton import FORWARD
 
     with FORWARD.forced(BN=16, STEPS=2), BACKWARD.forced(BN=16):
         yield
@@ -70,6 +71,48 @@ def test_values_and_gradients(dtype):
 def test_modes_programs_and_steps(iterations, leaky, detach):
     inputs, dv = problem(17)
     check_values(*forms(iterations=iterations, leaky=leaky, detach=detach), inputs, dv, PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("tile", "sizes", "options"),
+    [
+        ((4, 8, 16), (6, 5, 3), {"iterations": 2}),
+        pytest.param((4, 8, 16), (6, 5, 3), {"leaky": True, "detach": True}, marks=pytest.mark.slow),
+        pytest.param((4, 8, 16), (3, 5, 18), {"iterations": 2}, marks=pytest.mark.slow),
+        pytest.param((4, 4, 16), (6, 5, 18), {"iterations": 2, "leaky": True}, marks=pytest.mark.slow),
+        pytest.param((4, 4, 16), (6, 5, 3), {}, marks=pytest.mark.slow),
+    ],
+    ids=["upper", "upper_leaky_detached", "lower", "both_and_inner_leaky", "upper_and_inner"],
+)
+@pytest.mark.usefixtures("blocks")
+def test_tiles(tile, sizes, options, monkeypatch):
+    """Of upper capsules, of their numbers, and of those of lower ones: where not all votes of one lower capsule fit."""
+    from archzoo.kernels import _capsule_routing_triton as module
+
+    monkeypatch.setattr(module, "tile_of", lambda *args: tile)
+    inputs, dv = problem(3, lower=1, **dict(zip(("upper", "d", "k"), sizes, strict=True)))
+    check_values(*forms(**options), inputs, dv, PARAMETERS)
+    check_repeats(forms(**options)[0], inputs, dv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hundred_classes(dtype):
+    inputs, dv = problem(2, lower=2, upper=100, d=16, k=2, dtype=dtype)
+    check_values(*forms(), inputs, dv, PARAMETERS)
+
+
+def test_tiles_of_all_sizes_fit():
+    """16 KiB of weights, and of products no side below 16."""
+    from archzoo.kernels._capsule_routing_triton import tile_of
+
+    for dtype in DTYPES:
+        for upper in (1, 5, 100, 1000):
+            for d in (1, 16, 256, 257, 5000):
+                for k in (1, 8, 100, 3000):
+                    height, width, depth = tile_of(dtype, upper, d, k)
+                    assert height * width * depth * dtype.itemsize <= 2**14
+                    assert min(height * width, depth) >= 16
 
 
 @pytest.mark.parametrize(
@@ -142,15 +185,13 @@ def test_compile_export_autocast_and_repeat():
 
 def test_what_triton_cannot_do_is_refused():
     check_refusals(capsule_routing, problem(2)[0])
-    large = torch.zeros(1, 16, 64, 16)
-    with pytest.raises(RuntimeError, match=r"a weight of shape \(1, 16, 64, 16\) has no Triton kernel"):
-        capsule_routing(torch.zeros(1, 1, 16), large)
 
 
 @pytest.mark.slow
 @pytest.mark.plain_memory
 def test_memory():
-    from archzoo.kernels._capsule_routing_triton import BACKWARD, FORWARD
+    from archzoo.kernels._capsule_routing_backward_triton import BACKWARD
+    from archzoo.kernels._capsule_routing_triton import FORWARD
 
     inputs, dv = problem(512, lower=12, upper=2, d=4, k=4, dtype=torch.float32)
     with FORWARD.forced(BN=512, STEPS=12), BACKWARD.forced(BN=512):
