@@ -49,7 +49,7 @@ def _slope(w, APPROXIMATE: tl.constexpr):
     return 1.0 - w * w if APPROXIMATE else (w * w - w) * _LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _forward_kernel(
     x_ptr, c_ptr, p_ptr, q_ptr, bias_ptr, y_ptr, M, N, K, tiles_m, tiles_n,
     APPROXIMATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -74,7 +74,7 @@ def _forward_kernel(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _input_kernel(
     dy_ptr, x_ptr, c_ptr, p_ptr, q_ptr, dx_ptr, M, N, K, tiles_m, tiles_n,
     APPROXIMATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -101,7 +101,7 @@ def _input_kernel(
     tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "steps"])
 def _parameters_kernel(
     dy_ptr, x_ptr, c_ptr, t_ptr, u_ptr, v_ptr, M, N, K, groups, tiles_m, tiles_n, steps,
     APPROXIMATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,

@@ -243,7 +243,7 @@ def _functions(
     return value, slope, learned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _basis_kernel(
     x_ptr, p_ptr, q_ptr, values_ptr, grad_ptr, act_ptr, act_grad_ptr, dx_ptr, partial_ptr, total, features, p_stride,
     KIND: tl.constexpr, K: tl.constexpr, ORDER: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr,

@@ -19,7 +19,7 @@ from archzoo.kernels._bpu_plan import Link, rows_of
 from archzoo.kernels._triton import accumulator, cdiv, launch, span
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["pointers_ptr", "columns_ptr"])
 def _step_kernel(
     pointers_ptr, columns_ptr, weights_ptr, h_ptr, own_ptr, added_ptr, kept_ptr, y_ptr, batch, tiles, first, count,
     BACKWARD: tl.constexpr, EDGES: tl.constexpr, BATCH: tl.constexpr, ACC: tl.constexpr,

@@ -64,7 +64,7 @@ def _weights(weight_ptr, d, c, in_c, W: tl.constexpr, ACC: tl.constexpr):
     return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "time_blocks"])
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, x_b, x_t, x_c, L, d, time_blocks, channel_blocks,
     W: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
@@ -92,7 +92,7 @@ def _forward_kernel(
         tl.store(y_ptr + (b * L + t0 + i) * d + c, y.to(y_ptr.dtype.element_ty), mask=in_c & (t0 + i < L))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "time_blocks"])
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dx_ptr, partial_ptr, dstate_ptr,
     dy_b, dy_t, dy_c, x_b, x_t, x_c, L, d, time_blocks, channel_blocks,
@@ -211,7 +211,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and state, those of weight and bias in float32 at least; None if not needed."""
     (batch, _, d), W = x.shape, weight.shape[1]
-    p = _Problem(x, weight, bias, state, seq_idx, silu, BACKWARD.of(x, x.shape[0] * x.shape[1], d))
+    blocks = BACKWARD.of(x, x.shape[0] * x.shape[1], d)
+    if W > 4:  # all is unrolled: with twice the steps ptxas takes a minute, and all registers
+        blocks = {**blocks, "STEPS": min(16, blocks["STEPS"])}
+    if seq_idx is not None:  # takes registers for whose each step is
+        blocks = {**blocks, "STEPS": min(8 if x.dtype == torch.float64 else 16, blocks["STEPS"])}
+    p = _Problem(x, weight, bias, state, seq_idx, silu, blocks)
     dx = x.new_empty(x.shape) if needed[0] else None
     dstate = torch.empty(state.shape, dtype=state.dtype, device=x.device) if needed[3] and state is not None else None
     if dstate is not None and p.length == 0:

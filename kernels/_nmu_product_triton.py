@@ -78,7 +78,7 @@ def _power(k, like):
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _forward_kernel(
     x_ptr, w_ptr, y_ptr, M, N, K, tiles_m, tiles_n,
     BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -98,7 +98,7 @@ def _forward_kernel(
     tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _products_kernel(
     dy_ptr, x_ptr, w_ptr, p_ptr, r_ptr, M, N, K, tiles_m, tiles_n,
     BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -152,7 +152,7 @@ def _others(t, p, r):
     return tl.where(_is_zero(t), p, tl.where(r < 0, 0.0 * p, p) * reciprocal(t)) * tl.abs(r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _input_kernel(
     p_ptr, r_ptr, x_ptr, w_ptr, dx_ptr, M, N, K, tiles_m, tiles_n,
     BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -174,7 +174,7 @@ def _input_kernel(
     tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "steps"])
 def _parameters_kernel(
     p_ptr, r_ptr, x_ptr, w_ptr, dw_ptr, M, N, K, tiles_m, tiles_n, steps,
     BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,

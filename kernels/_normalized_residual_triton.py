@@ -41,7 +41,7 @@ def _along(square, inverse):
     return tl.where(inverse > 0.9999999e12, 0.0, square[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     h_ptr, f_ptr, alpha_ptr, y_ptr, inverse_ptr, N, D,
     ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
@@ -105,7 +105,7 @@ def _tile(g_ptr, h_ptr, f_ptr, alpha_ptr, rows, cols, D, in_rows, n_a, n_b, n_r,
     return g, alpha, a, b, (a + alpha * (b - a)) * n_r, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     g_ptr, h_ptr, f_ptr, alpha_ptr, inverse_ptr, dh_ptr, df_ptr, partial_ptr, N, D,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,

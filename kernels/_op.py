@@ -89,6 +89,21 @@ def compiled_for_cpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
 
 
+def running_sum(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`x.cumsum(dim)`, which a GPU refuses where torch is to be deterministic: there in log2 of the size steps."""
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(dim, dtype=dtype)
+    return _doubling(x if dtype is None else cast(x, dtype), dim)
+
+
+def _doubling(x: Tensor, dim: int) -> Tensor:
+    size, step = x.shape[dim], 1
+    while step < size:
+        more = x.narrow(dim, step, size - step) + x.narrow(dim, 0, size - step)
+        x, step = torch.cat((x.narrow(dim, 0, step), more), dim), 2 * step
+    return x
+
+
 def differentiable_gradients(
     definition: Callable[..., Any],
     dy: Tensor | Sequence[Tensor | None],

@@ -49,7 +49,7 @@ def _coefficients(a_ptr, b_ptr, a_group, group, ABS_TERMS: tl.constexpr, ACC: tl
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _forward_kernel(
     x_ptr, a_ptr, b_ptr, y_ptr, outer, groups, inner, tiles,
     SHARED: tl.constexpr, ABS_TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -68,7 +68,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, (p / q).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer"])
 def _backward_kernel(
     dy_ptr, x_ptr, a_ptr, b_ptr, y_ptr, dx_ptr, partial_ptr, outer, groups, inner, tiles,
     SHARED: tl.constexpr, ABS_TERMS: tl.constexpr,

@@ -43,7 +43,7 @@ def _update_kernel(
     C_at = C_ptr + (b * C_b + h * per_C // H * C_g)[:, None]
     y = tl.full((CHANNELS,), 0.0, ACC)
     for start in range(0, N, STATES):
-        n = (start + tl.arange(0, STATES))[None, :]
+        n = tl.cast(start + tl.arange(0, STATES), tl.int64)[None, :]
         inside = in_c[:, None] & (n < N)
         A = tl.load(A_at + n * A_n, mask=inside, other=0.0).to(ACC)
         B = tl.load(B_at + n * B_n, mask=inside, other=0.0).to(ACC)

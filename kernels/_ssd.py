@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.kernels._op import running_sum
 from archzoo.kernels._scan import check_seq_idx, check_shape, state_dtype
 
 ELEMENTS = 2**17  # of one buffer of a slab, a CPU thread: with fewer, calls take the time; more leave the cache
@@ -118,7 +119,7 @@ class Slab:
         self.x = self.tokens(problem.x)
         self.delta = self.tokens(problem.delta).unsqueeze(-1)
         self.B, self.C = (self.weights(t).to(problem.dtype).contiguous() for t in (problem.B, problem.C))
-        cs = self.tokens(problem.log_decay).mT.cumsum(-1, dtype=sum_dtype(problem.x))  # (b, k, g, r, q)
+        cs = running_sum(self.tokens(problem.log_decay).mT, -1, sum_dtype(problem.x))  # (b, k, g, r, q)
         enter, leave, through = (t.to(problem.dtype) for t in (cs, cs[..., -1:] - cs, cs[..., -1]))
         exponents = (cs.unsqueeze(-1) - cs.unsqueeze(-2)).to(problem.dtype)
         mask = exponents.new_full((steps, steps), -torch.inf).triu_(1)  # added: masked_fill_ takes twice as long as exp
@@ -249,12 +250,12 @@ def _decay_gradient(
     `pairs` (by heads) is what each pair s <= t of a chunk adds to the loss's derivative by the logarithm of its decay.
     Summed by pairs, for sums by t less those by s would drown what is small in rounding: steps that decay a lot.
     """
-    before = pairs.cumsum(-1).tril_(-1).sum(-2)  # over s <= i and t > i: that of the step behind i
+    before = running_sum(pairs, -1).tril_(-1).sum(-2)  # over s <= i and t > i: that of the step behind i
     entered = (entering * slab.apart(slab.C @ borders)).sum(-1).mT
     leaving = (slab.x * from_behind).sum(-1).mul_((slab.delta * slab.leave).squeeze(-1)).mT
     through = slab.apart(behind * borders).sum((-1, -3)).unsqueeze(-1) * slab.through.flatten(3).unsqueeze(-1)
-    earlier = F.pad(before + leaving.cumsum(-1), (1, -1))
-    return (entered.flip(-1).cumsum(-1).flip(-1) + earlier + through).mT
+    earlier = F.pad(before + running_sum(leaving, -1), (1, -1))
+    return (running_sum(entered.flip(-1), -1).flip(-1) + earlier + through).mT
 
 
 # --- Gradients of the op's arguments ----------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
-from archzoo.kernels._ssd_steps_triton import narrow
 from archzoo.kernels._ssd_triton import (
     SIZES,
     Problem,
@@ -27,10 +26,10 @@ from archzoo.kernels._ssd_triton import (
     tile,
     tiles_rule,
 )
-from archzoo.kernels._triton import cdiv, dot, launch
+from archzoo.kernels._triton import cdiv, dot, launch, narrow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K"])
 def _inputs_backward_kernel(
     x_ptr, b_ptr, c_ptr, d_ptr, delta_ptr, hi_ptr, lo_ptr, order_ptr, dy_ptr, behind_ptr,
     dx_ptr, dd_ptr, dlog_ptr, ddelta_ptr,
@@ -85,7 +84,7 @@ def _inputs_backward_kernel(
         tl.store(dlog_ptr + out + (q + 1) % Q, tl.where(q == Q - 1, 0.0, leaving))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K", "splits", "own_heads"])
 def _scores_backward_kernel(
     x_ptr, b_ptr, c_ptr, dy_ptr, delta_ptr, hi_ptr, lo_ptr, order_ptr, dscores_ptr, dlog_ptr,
     x_batch, x_token, b_batch, b_token, c_batch, c_token, dy_batch, dy_token, L, H, G, heads, K, splits, own_heads,
@@ -138,7 +137,7 @@ def _scores_backward_kernel(
         tl.store(out + (q[:, None] * Q + q[None, :]), dscores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K", "splits", "own_heads", "dscores_parts"])
 def _weights_backward_kernel(
     x_ptr, b_ptr, c_ptr, dy_ptr, delta_ptr, hi_ptr, lo_ptr, order_ptr, borders_ptr, behind_ptr, dscores_ptr,
     db_ptr, dc_ptr, dlog_ptr,

@@ -15,17 +15,7 @@ from torch import Tensor
 
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
 from archzoo.kernels._ssd import Options
-from archzoo.kernels._triton import INTERPRETED, accumulator, cdiv, helper, launch, sigmoid, span
-
-
-@helper
-def narrow(x, DTYPE: tl.constexpr):
-    """x in another dtype, rounded to the nearest in the interpreter too, which cuts off what bfloat16 does not have."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
+from archzoo.kernels._triton import accumulator, cdiv, helper, launch, narrow, sigmoid, span
 
 
 @helper
@@ -56,7 +46,7 @@ def _step_sizes(
     return raw, positive, tl.where(inside, delta, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K"])
 def _sums_kernel(
     dt_ptr, bias_ptr, a_ptr, delta_ptr, hi_ptr, lo_ptr, dt_batch, dt_token, a_batch, a_token, L, H, K, blocks,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -79,7 +69,7 @@ def _sums_kernel(
     tl.store(lo_ptr + out, (sums - hi.to(tl.float64)).to(ACC), mask=in_h[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K"])
 def _steps_backward_kernel(
     dt_ptr, bias_ptr, a_ptr, dlog_ptr, ddelta_ptr, ddt_ptr, da_ptr, dbias_ptr,
     dt_batch, dt_token, a_batch, a_token, L, H, K, blocks, dlog_parts, ddelta_parts, part,

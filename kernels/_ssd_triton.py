@@ -21,8 +21,8 @@ from torch import Tensor
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
 from archzoo.kernels._scan import state_dtype
 from archzoo.kernels._ssd import Options, product_dtype
-from archzoo.kernels._ssd_steps_triton import Steps, narrow
-from archzoo.kernels._triton import accumulator, cdiv, dot, dot_precision, helper, launch, sigmoid
+from archzoo.kernels._ssd_steps_triton import Steps
+from archzoo.kernels._triton import accumulator, cdiv, dot, dot_precision, helper, launch, narrow, sigmoid
 
 # --- What a chunk's kernels share -------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ def products(
 # --- States -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K", "segments", "chunks"])
 def _states_kernel(
     v_ptr, w_ptr, delta_ptr, hi_ptr, lo_ptr, order_ptr, first_ptr, totals_ptr, scales_ptr, borders_ptr, last_ptr,
     v_batch, v_token, w_batch, w_token, L, H, heads, K, segments, chunks, n_tiles, p_tiles,
@@ -188,7 +188,7 @@ def _states_kernel(
 # --- Outputs ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "K"])
 def _outputs_kernel(
     x_ptr, b_ptr, c_ptr, d_ptr, delta_ptr, hi_ptr, lo_ptr, order_ptr, borders_ptr,
     z_ptr, out_ptr, dout_ptr, dz_ptr, dy_ptr,

@@ -12,14 +12,17 @@ file is found by its name, by `tune()` and by the test that compiles all kernels
 answer is the last argument, `triton: bool = False`, of the forward and the backward, which begin `if triton: from
 archzoo.kernels import _<op>_triton`. So one op has one fake, one FLOP formula and one autograd for both backends, a
 compiled or exported graph holds the choice, and a backward goes where its forward went. A kernel takes every shape, and
-every dtype of `takes_triton`; what it cannot take is refused with a ValueError that says so.
+every dtype of `takes_triton`; what it cannot take is refused with a ValueError that says so. For how few numbers plain
+torch is the faster, is measured: with a problem in `_threshold_problems.py`, and words for it in `_thresholds.py`.
 
 **A kernel.** Functions that it calls are decorated `@helper`. Offsets of rows by `span`, in int64. A mask for every
 dimension that can overrun. `.to(ACC)` right behind each load; narrowing in the store alone, by
 `.to(y_ptr.dtype.element_ty)`. Sums for parameters: one row of a partial buffer in `ACC` for each program, then one
 `sum(0)` in torch; no atomics. A tensor that may be left out is a None pointer: `if dh_ptr is not None:`. Everything on
-grid axis 0, as the others end at 65535. Host functions start kernels by `launch`, which minds empty grids and the
-device. NaN comes through: `tl.maximum(nan, 0)` is 0, so write `tl.where`.
+grid axis 0, as the others end at 65535. Sizes that differ from batch to batch, and that no load's alignment hangs on,
+are `do_not_specialize`: Triton compiles anew where a whole number becomes 1, or a multiple of 16. Host functions start
+kernels by `launch`, which minds empty grids and the device. NaN comes through: `tl.maximum(nan, 0)` is 0, so write
+`tl.where`.
 
 **Traps.** A literal is rounded to float32 where no operator joins it with a float64 tensor (`tl.maximum(x, 1e-12)`,
 `tl.where(c, 1e-12, 1e-9)`). In the interpreter `tl.sum`, `tl.zeros`, `tl.sigmoid` and what else Triton wrote in Triton
@@ -61,11 +64,12 @@ def accumulator(dtype: torch.dtype) -> Any:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of products of this dtype: torch's own choice, where Triton would silently take tf32.
 
-    For "highest" it is three products by tf32, as exact as float32; "ieee" knows no tensor cores, and spills.
+    For float32 it is three products by tf32, as exact as float32; "ieee" knows no tensor cores, and spills.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # `torch.get_float32_matmul_precision` raises where a program has set this; what sets that sets this as well.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -137,8 +141,20 @@ def tanh(x, APPROXIMATE: tl.constexpr):
         small = x + x * z * (-1.0 / 3.0 + z * small)
         e = tl.exp(-2.0 * tl.abs(x))
         large = (1.0 - e) / (1.0 + e)
-        y = tl.where(z < 0.00390625, small, tl.where(x < 0, -large, large))
+        # Up to 1/16 the polynomial is exact for float64, and up to 0.35 for float32, whose exp is 2 ulp off on a GPU.
+        near = 0.00390625 if x.dtype == tl.float64 else 0.125
+        y = tl.where(z < near, small, tl.where(x < 0, -large, large))
     return y
+
+
+@helper
+def narrow(x, DTYPE: tl.constexpr):
+    """x in another dtype, rounded to the nearest in the interpreter too, which cuts off what bfloat16 does not have."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @helper

@@ -94,7 +94,7 @@ def _psi_and_slope(v, g, WAVELET: tl.constexpr):
     return psi, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _forward_kernel(
     x_ptr, w_ptr, r_ptr, t_ptr, bias_ptr, y_ptr, M, N, K, tiles_m, tiles_n,
     WAVELET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -119,7 +119,7 @@ def _forward_kernel(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _input_kernel(
     dy_ptr, x_ptr, w_ptr, r_ptr, t_ptr, dx_ptr, M, N, K, tiles_m, tiles_n,
     WAVELET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
@@ -145,7 +145,7 @@ def _input_kernel(
     tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=(rows < M)[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "steps"])
 def _parameters_kernel(
     dy_ptr, x_ptr, r_ptr, t_ptr, of_psi_ptr, of_slope_v_ptr, of_slope_ptr, M, N, K, groups, tiles_m, tiles_n, steps,
     WAVELET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,

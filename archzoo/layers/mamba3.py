@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.kernels._op import running_sum
 from archzoo.kernels._scan import check_seq_idx, check_shape
 from archzoo.kernels._ssd import sum_dtype
 from archzoo.kernels.trapezoidal_ssd import trapezoidal_ssd, trapezoidal_state_update
@@ -320,7 +321,7 @@ def _angles(turn: Tensor, before: Tensor | None, seq_idx: Tensor | None) -> tupl
     """
     batch, length, heads, angles = turn.shape
     first = turn.new_zeros(batch, 1, heads, angles) if before is None else before.to(turn.dtype).unsqueeze(1)
-    total = torch.cat([first, turn], 1).cumsum(1, dtype=sum_dtype(turn))  # (batch, L + 1, H, S)
+    total = running_sum(torch.cat([first, turn], 1), 1, sum_dtype(turn))  # (batch, L + 1, H, S)
     if seq_idx is not None:
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (2, 0))[:, : length + 1]
         place = torch.arange(length + 1, device=turn.device)

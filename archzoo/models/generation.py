@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from archzoo.kernels._op import running_sum
+
 
 class CausalLM(nn.Module, ABC):
     """A language model that reads a text piece by piece, and so can write: (batch, length) ids -> logits.
@@ -105,7 +107,7 @@ def next_tokens(
         scores, ids = scores.topk(count)  # in descending order
     probabilities = scores.softmax(-1)
     if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
+        before = running_sum(probabilities, -1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # never the first, before which is nothing
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)

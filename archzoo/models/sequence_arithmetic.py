@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from archzoo.kernels._op import running_sum
 from archzoo.models.model import LayerFactory, check_kind, register_model
 
 CHUNK = 1024
@@ -88,7 +89,7 @@ class SequenceArithmetic(nn.Module):
         """Maps (batch, length, channels, height, width) to (batch, length)."""
         digits = torch.cat([self.digits(part) for part in x.flatten(0, 1).split(CHUNK)]).view(x.shape[0], x.shape[1])
         if self.unit is None:
-            return digits.cumsum(1) if self.accumulator == "sum" else digits.cumprod(1)
+            return running_sum(digits, 1) if self.accumulator == "sum" else digits.cumprod(1)
         states = [torch.full_like(digits[:, :1], self.start)]
         for i in range(digits.shape[1]):
             states.append(self.unit(torch.cat([digits[:, i : i + 1], states[-1]], 1)))
