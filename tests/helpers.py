@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +16,11 @@ REPOSITORY = Path(__file__).parents[1]
 
 HEAVY = ("triton", "wandb", "hydra", "timm", "matplotlib", "torchmetrics", "rich", "sklearn", "scipy")
 """Packages that nobody pays for by `import archzoo`: neither the layers nor the kernels' torch path need them."""
+
+
+def sampled(values: Iterable[Any], kept: Container[Any]) -> list[Any]:
+    """Values to parametrize with; those that are not kept, of which some like them are, are slow."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def rms(x: Tensor) -> float:

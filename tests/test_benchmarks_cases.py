@@ -17,6 +17,7 @@ from benchmarks import _cases, _measure
 from benchmarks._cases import H200, Contestant, Peer
 from benchmarks._measure import DEFINITION, OURS, Device, disagreement, measure, planned_floors, values
 from benchmarks._ops import OPS
+from tests.helpers import sampled
 
 BY_NAME = {op.name: op for op in OPS}
 PLACE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +34,7 @@ def device(where="cpu", free=1e12):
     return Device(where, PLACE, timer, lambda call: (call(), 1000)[1], lambda: free)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", sampled(OPS, OPS[::2]), ids=lambda op: op.name)
 def test_all_contestants_run_and_compute_one_function(op):
     row = measure(op, op.tiny, torch.float32, device())
     contestants = row["contestants"]

@@ -219,6 +219,7 @@ def test_numpy_is_needed_by_no_layer():
     )
 
 
+@pytest.mark.slow
 def test_a_connectome_says_that_it_needs_numpy():
     run_python(
         without(("numpy",)) + "import warnings; warnings.simplefilter('ignore')\n"

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from archzoo.training import cli
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, sampled
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -35,7 +35,7 @@ TRAINER = [
 ]
 
 
-@pytest.mark.parametrize("command", TRAINER)
+@pytest.mark.parametrize("command", sampled(TRAINER, TRAINER[::3]))
 def test_trainer_commands_compose(command, tmp_path, monkeypatch, capsys):
     """Runs every command of the README up to its configuration; a wrong key or group fails."""
     monkeypatch.chdir(tmp_path)
@@ -58,6 +58,7 @@ def test_the_script_is_the_trainers_command_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_tables_are_fresh():
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, "-m", "benchmarks", "readme", "--check"]

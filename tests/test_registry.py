@@ -284,7 +284,9 @@ def test_layers_of_an_installed_package_are_in_the_zoo(plug_in):
             "out of order",
             marks=pytest.mark.slow,
         ),
-        (GOOD.format(name="linear"), "name='linear': already registered by torch.nn"),
+        pytest.param(
+            GOOD.format(name="linear"), "name='linear': already registered by torch.nn", marks=pytest.mark.slow
+        ),
     ],
     ids=["missing_import", "raises", "takes_a_taken_name"],
 )

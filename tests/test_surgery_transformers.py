@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import archzoo
+from tests.helpers import sampled
 
 if "kernels" not in sys.modules:  # transformers looks for a package of that name, and would find this folder's
     sys.modules["kernels"] = None
@@ -52,7 +53,7 @@ def logits(model, **inputs):
     return model(**({"input_ids": IDS} | inputs)).logits
 
 
-@MODELS
+@pytest.mark.parametrize("make", sampled([gpt2, llama, bert], [gpt2, llama]))
 def test_perceptrons_are_swapped_and_come_back(make):
     model = make().eval()
     before, calibration = logits(model), {"input_ids": IDS}

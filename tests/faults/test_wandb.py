@@ -1,7 +1,6 @@
 """W&B's server does not answer, answers late, refuses, or dies: no run is held up or fails, and no line is lost."""
 
 import json
-import logging
 import socket
 import subprocess
 import sys
@@ -69,7 +68,7 @@ def fail(_):
 @pytest.mark.parametrize("how", [hang, leave, fail])
 @pytest.mark.parametrize("where", ["init", "log", "pictures", "finish"])
 def test_whatever_wandb_does_no_call_blocks_or_raises_and_the_run_is_told_offline(
-    tmp_path, monkeypatch, caplog, where, how
+    tmp_path, monkeypatch, logs, where, how
 ):
     told: list[dict[str, object]] = []
     monkeypatch.setattr(trackers, "WandbTracker", FakeWandb(lambda name: how(name) if name == where else None, told))
@@ -94,10 +93,10 @@ def test_whatever_wandb_does_no_call_blocks_or_raises_and_the_run_is_told_offlin
     mirrors.finish(record)
     assert told == [*lines, {"pictures": ["weights"]}, {"finished": "done"}]
     assert (opened - began < 1, logged - opened < 1, time.monotonic() - logged < 1) == (True, True, True)
-    assert caplog.text.count("W&B is not used") == 1
+    assert logs.text.count("W&B is not used") == 1
 
 
-def test_a_backlog_that_wandb_does_not_take_is_given_up(tmp_path, monkeypatch, caplog):
+def test_a_backlog_that_wandb_does_not_take_is_given_up(tmp_path, monkeypatch, logs):
     told: list[dict[str, object]] = []
     slow = FakeWandb(lambda name: time.sleep(0.5) if name == "log" else None, told)
     for name, value in {"WandbTracker": slow, "log_in": lambda: None, "end_service": lambda: None}.items():
@@ -109,10 +108,10 @@ def test_a_backlog_that_wandb_does_not_take_is_given_up(tmp_path, monkeypatch, c
         live.log({"step": step})
     live.finish({"status": "done"})
     assert told == [*({"step": step} for step in range(9)), {"finished": "done"}]
-    assert "3 calls are waiting" in caplog.text
+    assert "3 calls are waiting" in logs.text
 
 
-def test_a_refusing_server_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, caplog):
+def test_a_refusing_server_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, logs):
     """Two runs in one process, of which the second does not try; argv, the environment and the key are not on disk."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,7 +120,6 @@ def test_a_refusing_server_costs_a_warning_and_nothing_else(tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_API_KEY", CANARIES[2])
     monkeypatch.setenv("A_SECRET", CANARIES[1])
     monkeypatch.setattr(sys, "argv", ["train.py", f"--password={CANARIES[0]}"])
-    caplog.set_level(logging.INFO)
     for seed in (0, 1):
         config = make_config(tmp_path, seed=seed, trainer={"steps": 4}, tracker={"wandb": "online"})
         assert execute(config)["status"] == "done"
@@ -131,7 +129,7 @@ def test_a_refusing_server_costs_a_warning_and_nothing_else(tmp_path, monkeypatc
         assert {line["step"] for line in lines} == {1, 2, 3, 4}
         (offline,) = run.glob("wandb/offline-run-*")
         assert list(offline.glob("*.wandb"))
-    assert caplog.text.count("W&B is not used: ") == caplog.text.count("W&B is not tried again: ") == 1
+    assert logs.text.count("W&B is not used: ") == logs.text.count("W&B is not tried again: ") == 1
     held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert len(held) > 10_000
     assert [canary for canary in CANARIES if canary.encode() in held] == []

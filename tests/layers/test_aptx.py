@@ -1,4 +1,4 @@
-"""Facts of the APTx activation and of the layer of APTx neurons; what every layer owes is in `test_contract.py`."""
+"""Facts of the APTx activation and of the layer of APTx neurons; what every layer owes is in `test_contract_*.py`."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Facts of the convolution of APTx neurons; what every layer owes is in `test_contract.py`."""
+"""Facts of the convolution of APTx neurons; what every layer owes is in `test_contract_*.py`."""
 
 import pytest
 import torch

@@ -182,8 +182,10 @@ def test_leading_dimensions_and_empty_batches(name):
 
 @every_layer
 def test_gradients_pass_gradcheck_also_of_gradients(name):
-    layer = build(name, dtype=torch.float64)
-    leaves = [inputs(name, 2, dtype=torch.float64).requires_grad_(), *layer.parameters()]
+    few = {} if name == "primary" else {"in_capsules": 3, "out_capsules": 2, "in_dim": 2, "out_dim": 3}
+    layer = build(name, dtype=torch.float64, **few)
+    x = torch.randn(2, 3, 2, dtype=torch.float64) if few else inputs(name, 2, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *layer.parameters()]
     names = [n for n, _ in layer.named_parameters()]
 
     def run(x, *values):

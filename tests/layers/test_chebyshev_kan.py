@@ -1,4 +1,4 @@
-"""Chebyshev layers: what their spec alone says. What every layer owes is tested in test_contract.py."""
+"""Chebyshev layers: what their spec alone says. What every layer owes is tested in test_contract_*.py."""
 
 import math
 import re

@@ -313,8 +313,10 @@ def test_spectral_radius_is_the_same_on_every_call(made_up):
 # --- Growth -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["poisson", "empirical"])
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(
+    ("factor", "weights"),
+    [(2, "empirical"), (2, "poisson"), *(pytest.param(3, w, marks=pytest.mark.slow) for w in ("poisson", "empirical"))],
+)
 def test_growth_keeps_the_core_and_the_strengths(made_up, factor, weights):
     grown = made_up.expand(factor, weights=weights, seed=3)
     assert grown.pool_sizes == tuple(factor * n for n in made_up.pool_sizes)

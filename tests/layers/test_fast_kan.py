@@ -1,4 +1,4 @@
-"""FastKANLinear: what its spec alone says. What every layer owes is tested in test_contract.py."""
+"""FastKANLinear: what its spec alone says. What every layer owes is tested in test_contract_*.py."""
 
 import math
 import re

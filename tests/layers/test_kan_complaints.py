@@ -1,7 +1,7 @@
 """What users of other KAN libraries complain of (issues by repository and number) does not happen here.
 
-Symbolic quality (pykan#89, #206, #276, #415, #432, #480, #508, #513) is tested in `tests/models/test_symbolic.py` and
-`test_kan.py`. How fast the layers are is measured, not tested: `python -m benchmarks kan_speed`.
+Symbolic quality (pykan#89, #206, #276, #415, #432, #480, #508, #513) is tested in `tests/models/test_symbolic_*.py`
+and `test_kan_formulas.py`. How fast the layers are is measured, not tested: `python -m benchmarks kan_speed`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Facts of the Padé neurons' linear layer; what every layer owes is in `test_contract.py`."""
+"""Facts of the Padé neurons' linear layer; what every layer owes is in `test_contract_*.py`."""
 
 import copy
 import math

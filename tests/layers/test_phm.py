@@ -528,7 +528,9 @@ def test_the_quaternion_rule_is_found_from_data():
     assert (layer.A - hypercomplex_rule(4)).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize(("rule", "low", "high"), [("learned", 0, 1e-4), ("mixing", 0.6, 0.8)])
+@pytest.mark.parametrize(
+    ("rule", "low", "high"), [("learned", 0, 1e-4), pytest.param("mixing", 0.6, 0.8, marks=pytest.mark.slow)]
+)
 def test_a_learned_rule_can_express_a_quaternion_map_and_mixing_cannot(rule, low, high):
     teacher = PHMLinear(16, 16, bias=False, rule="quaternion")
     layer = PHMLinear(16, 16, bias=False, rule=rule)

@@ -33,6 +33,7 @@ def test_a_product_is_recovered_where_auto_symbolic_finds_other_functions_pykan_
     assert found.structures == 1, "the sparsest is enough"
 
 
+@pytest.mark.slow
 def test_the_papers_toy_function_and_what_is_left_is_exact_in_float32_too():
     x = samples().float()
     y = torch.exp(torch.sin(torch.pi * x[:, :1]) + x[:, 1:] ** 2)

@@ -147,7 +147,9 @@ def test_wrong_option_is_named(options, message):
 
 
 @needs_data
-@pytest.mark.parametrize(("dataset", "shape"), [("mnist", (1, 28, 28)), ("fashion_mnist", (1, 28, 28))])
+@pytest.mark.parametrize(
+    ("dataset", "shape"), [("mnist", (1, 28, 28)), pytest.param("fashion_mnist", (1, 28, 28), marks=pytest.mark.slow)]
+)
 def test_real_images_are_those_of_their_own_task(dataset, shape):
     from archzoo.tasks.task import tasks
 

@@ -154,19 +154,17 @@ def test_another_library_is_another_file(library, tmp_path):
     assert len(list((tmp_path / "data" / char_lm.FOLDER).iterdir())) == 2
 
 
-def test_a_damaged_file_is_written_again(library, tmp_path, caplog):
+def test_a_damaged_file_is_written_again(library, tmp_path, logs):
     whole_text = whole(CharLM(context=8).train)
     path = cached(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert whole(CharLM(context=8).train) == whole_text
     assert path.read_bytes() == python_corpus(library)[0]
-    assert "is cut short or corrupted; it is written again" in caplog.text
+    assert "is cut short or corrupted; it is written again" in logs.text
 
 
 @pytest.mark.parametrize("how", ["marked", "full"])
-def test_where_it_cannot_be_written_it_stays_in_memory_and_that_is_said_once(
-    library, tmp_path, monkeypatch, caplog, how
-):
+def test_where_it_cannot_be_written_it_stays_in_memory_and_that_is_said_once(library, tmp_path, monkeypatch, logs, how):
     expected = whole(CharLM(context=8).train)
     cached(tmp_path).unlink()
     (tmp_path / "data" / char_lm.FOLDER).rmdir()
@@ -182,8 +180,8 @@ def test_where_it_cannot_be_written_it_stays_in_memory_and_that_is_said_once(
     (tmp_path / "data").chmod(0o755)
     assert all(whole(task.train) == expected for task in tasks_)
     assert not list((tmp_path / "data").iterdir())
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the corpus is held in memory. Set ARCHZOO_DATA to a folder that can be written to" in caplog.text
+    assert [record.levelname for record in logs.records] == ["WARNING"]
+    assert "the corpus is held in memory. Set ARCHZOO_DATA to a folder that can be written to" in logs.text
 
 
 def test_a_data_folder_that_is_not_there_is_named(library, monkeypatch):

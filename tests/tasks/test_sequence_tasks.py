@@ -1,7 +1,6 @@
 """Tasks of made-up token sequences: samples are what the papers say, streams are pure functions, figures are told."""
 
 import itertools
-import logging
 import pickle
 import re
 
@@ -348,17 +347,16 @@ def test_sequences_of_a_test_length_are_sound_and_the_same_in_every_run(monkeypa
     assert not torch.equal(seen[2][:, :50], seen[0])
 
 
-def test_a_model_that_takes_no_longer_sequences_gives_a_statement(caplog):
+def test_a_model_that_takes_no_longer_sequences_gives_a_statement(logs):
     task = build("induction_heads", test_lengths=[16, 64, 128], test_size=10)
-    with caplog.at_level(logging.WARNING):
-        found = task.summarize([], Knowing(8, takes=32))
+    found = task.summarize([], Knowing(8, takes=32))
     assert found == {
         "success": 0.0,
         "accuracy_at_16": 1.0,
         "untested_lengths": [64, 128],
         "untested_because": "input of shape (10, 64): must be 32 tokens or less",
     }
-    assert "test length 64 and beyond: the model does not take them (input of shape (10, 64)" in caplog.text
+    assert "test length 64 and beyond: the model does not take them (input of shape (10, 64)" in logs.text
     model = models.create("transformer", LayerFactory("linear"), (32,), 9, width=32, depth=1)
     found = task.summarize([], model)
     assert found["untested_lengths"] == [64, 128]
