@@ -251,7 +251,9 @@ def test_functional_transforms_go_through_the_definition():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("with_alpha", [True, False])
-@pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (0, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(5, torch.float32), pytest.param(0, torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_ops_pass_opcheck(groups, with_alpha, rows, dtype):
     inputs, dy = problem((rows,), 3, 4, groups, dtype, parameters=torch.float32)
     inputs = [t if i != 1 or with_alpha else None for i, t in enumerate(inputs)]

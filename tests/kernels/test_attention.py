@@ -144,8 +144,8 @@ def test_a_sum_of_exponentials_of_one_is_no_nan():
 
 @pytest.mark.parametrize("kind", ["full", "causal", "masked"])
 def test_gradients_of_both_orders(kind):
-    leaves = [t.requires_grad_() for t in inputs()]
-    mask = some_seen(3, 5, 5) if kind == "masked" else None
+    leaves = [t.requires_grad_() for t in inputs((2, 2, 4, 2))]
+    mask = some_seen(2, 4, 4) if kind == "masked" else None
 
     def call(q, k, v):
         return attention(q, k, v, causal=kind == "causal", attn_mask=mask)

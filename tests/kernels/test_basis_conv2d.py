@@ -301,7 +301,11 @@ def operator_arguments(case: Case, geometry: Geometry, *shape: int) -> tuple[Any
 @every_case
 @of_torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("geometry", [EVERYTHING, GEOMETRIES["same, even kernel"]], ids=["everything", "same"])
+@pytest.mark.parametrize(
+    "geometry",
+    [EVERYTHING, pytest.param(GEOMETRIES["same, even kernel"], marks=pytest.mark.slow)],
+    ids=["everything", "same"],
+)
 def test_operators_keep_torchs_contract(case, geometry):
     x, weights, bias, tensors, *rest = operator_arguments(case, geometry, 2, 4, 5, 6)
     for leaf in (x, *weights, bias, *tensors[: case.learned]):

@@ -123,8 +123,7 @@ def test_compile_and_export():
 
 def test_two_runs_agree_bit_for_bit():
     inputs, dy, _ = problem(SINE, 2, 4, 5, 6, dtype=torch.float32)
-    with torch.backends.cudnn.flags(deterministic=True):
-        check_repeats(SINE.ours(EVERYTHING), inputs, dy)
+    check_repeats(SINE.ours(EVERYTHING), inputs, dy)
 
 
 def test_what_triton_cannot_do_is_refused():

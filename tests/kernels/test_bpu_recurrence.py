@@ -19,7 +19,7 @@ from archzoo.kernels.bpu_recurrence import (
     bpu_recurrence_reference,
 )
 from tests.helpers import rms_error
-from tests.kernels.triton_support import check_refusals, needs_triton, on_device
+from tests.kernels.triton_support import DEVICE, check_refusals, needs_triton
 
 OPTIONS = [
     {"inject": inject, "residual": residual, "readout": readout}
@@ -44,6 +44,8 @@ def both(x, weight, pre, post, pools, steps, backend, **options):
     """Outputs and gradients of the op, and of the definition in float64. A backend "triton" is the kernel's."""
     plan = plan_recurrence(pre, post, pools, steps, **options)
     dy = drive(*x.shape[:-1], sensory=pools[2], seed=2)
+    if backend == "triton":
+        plan, x, weight, pre, post, dy = (t.to(DEVICE) for t in (plan, x, weight, pre, post, dy))
 
     def ours(x, w):
         with use_backend("triton") if backend == "triton" else nullcontext():
@@ -150,8 +152,11 @@ def test_func_transforms_see_the_definition():
 @pytest.mark.parametrize("keep", [0, 1, 2], ids=["nothing", "signs", "states"])
 def test_ops_are_registered_as_torch_wants_it(keep, form):
     weight, pre, post = wiring(dtype=torch.float32)
-    plan = plan_recurrence(pre, post, POOLS, 3, readout="sum")
-    x = drive(5, dtype=torch.float32).requires_grad_(keep > 0)
+    plan, x, weight = (
+        t.to(DEVICE if form == "triton" else "cpu")
+        for t in (plan_recurrence(pre, post, POOLS, 3, readout="sum"), drive(5, dtype=torch.float32), weight)
+    )
+    x.requires_grad_(keep > 0)
     weight.requires_grad_(keep == 2)
     arguments = (x, weight, plan.index, list(plan.layout), keep, form)
     torch.library.opcheck(bpu_recurrence_op, arguments)
@@ -209,7 +214,7 @@ def test_flops_are_two_a_sample_and_edge():
 
 
 def test_nan_stays_on_the_paths_from_where_it_entered(backend):
-    post, pre = torch.tensor([[2, 3], [0, 1]])
+    post, pre = torch.tensor([[2, 3], [0, 1]], device="cpu")
     plan = plan_recurrence(pre, post, (2, 0, 2), 2)
     x = torch.tensor([[float("nan"), 1.0]], requires_grad=True)
     y = bpu_recurrence(x, torch.ones(2, device=x.device), plan.to(x.device))
@@ -233,9 +238,10 @@ def test_several_programs_a_neuron_in_blocks_of_few_edges_repeat_their_bits():
 @needs_triton
 def test_what_triton_cannot_do_is_refused():
     weight, pre, post = wiring(dtype=torch.float32)
-    plan = plan_recurrence(pre, post, POOLS, 3)
-    with on_device():
-        check_refusals(lambda x, w: bpu_recurrence(x, w, plan.to(x.device)), (drive(2, dtype=torch.float32), weight))
+    plan, x, weight = (
+        t.to(DEVICE) for t in (plan_recurrence(pre, post, POOLS, 3), drive(2, dtype=torch.float32), weight)
+    )
+    check_refusals(lambda x, w: bpu_recurrence(x, w, plan), (x, weight))
 
 
 def test_compiles_without_a_graph_break():

@@ -155,6 +155,9 @@ def test_compile_export_and_autocast():
 @pytest.mark.usefixtures("blocks")
 def test_what_triton_cannot_do_is_refused():
     check_refusals(forms()[0], problem(d=2, L=3)[0])
+    (x, weight, *_), _ = problem(W=9)
+    with pytest.raises(RuntimeError, match="a weight of 9 taps, more than 8, has no Triton kernel"):
+        causal_conv1d(x, weight)
 
 
 @pytest.mark.plain_memory

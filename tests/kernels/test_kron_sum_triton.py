@@ -18,6 +18,7 @@ from tests.helpers import rms_error, value_and_grads
 from tests.kernels.triton_support import (
     DEVICE,
     DTYPES,
+    OF_TILES,
     check_compiles,
     check_peak_memory,
     check_refusals,
@@ -61,7 +62,7 @@ def test_values_and_gradients_of_the_sum(shape, dtype):
     check_values(kron_sum, kron_sum_reference, (A, S), dH, [0, 1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OF_TILES, ids=str)
 @pytest.mark.usefixtures("blocks")
 def test_programs_steps_and_chunks(dtype):
     inputs, dy = problem(9, (3, 3, 5), (5, 5), dtype)

@@ -14,7 +14,7 @@ from archzoo.kernels.normalized_residual import (
     normalized_residual_reference,
     unit,
 )
-from tests.helpers import rms_error, value_and_grads
+from tests.helpers import rms_error, sampled, value_and_grads
 
 BOUNDS = {  # y, and the gradients of h, branch and alpha
     torch.float64: (1e-14, 1e-13, 1e-13, 1e-13),
@@ -217,7 +217,7 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("shape", [(0, 3), (5, 4), (70, 33)], ids=str)
+@pytest.mark.parametrize("shape", sampled([(0, 3), (5, 4), (70, 33)], [(5, 4)]), ids=str)
 def test_opcheck(shape):
     inputs, dy = problem(*shape, dtype=torch.float32)
     opcheck(normalized_residual_op.op, tuple(t.clone().requires_grad_() for t in inputs))

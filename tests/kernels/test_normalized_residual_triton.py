@@ -11,9 +11,10 @@ from archzoo.kernels.normalized_residual import (
     normalized_residual_reference,
     unit,
 )
-from tests.helpers import value_and_grads
+from tests.helpers import sampled, value_and_grads
 from tests.kernels.triton_support import (
     DTYPES,
+    OF_TILES,
     check_autocast,
     check_compiles,
     check_peak_memory,
@@ -58,7 +59,7 @@ def test_values_and_gradients(shape, dtype):
     check_values(normalized_residual, normalized_residual_reference, inputs, dy, ALPHA)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OF_TILES, ids=str)
 @pytest.mark.usefixtures("blocks")
 def test_programs_steps_and_columns(dtype):
     inputs, dy = problem(9, 33, dtype=dtype)
@@ -89,7 +90,7 @@ def test_large_and_small_inputs(scale):
     check_values(normalized_residual, normalized_residual_reference, (h * scale, branch * scale, alpha), dy, ALPHA)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", sampled([torch.float32, torch.bfloat16], [torch.bfloat16]), ids=str)
 @pytest.mark.usefixtures("blocks")
 def test_rows_of_zeros_give_zeros_and_get_no_gradient(dtype):
     (h, branch, alpha), dy = problem(5, 33, dtype=dtype)
@@ -156,7 +157,7 @@ def test_two_runs_agree_bit_for_bit():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("shape", [(0, 3), (5, 4)], ids=str)
+@pytest.mark.parametrize("shape", sampled([(0, 3), (5, 4)], [(5, 4)]), ids=str)
 @pytest.mark.usefixtures("triton")
 def test_opcheck(shape):
     inputs, dy = problem(*shape, dtype=torch.float32)

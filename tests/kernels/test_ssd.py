@@ -10,6 +10,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from archzoo.kernels import _ssd
+from archzoo.kernels._op import _doubling
 from archzoo.kernels.selective_scan import selective_scan_reference
 from archzoo.kernels.selective_state_update import selective_state_update
 from archzoo.kernels.ssd import ssd, ssd_op, ssd_reference
@@ -22,7 +23,7 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 def problem(batch=2, L=20, H=4, P=3, G=2, N=5, options=OPTIONS, seed=0, decay=(-4.0, -0.1), chunk_size=8):
     """Arguments in float64. With `dt_softplus` or without, step sizes are positive: from 0.2 to 1.8."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -64,7 +65,7 @@ def value_and_grads(function, arguments, seed=9, through=(True, True)):
     """Output, final state, and the gradient of every argument, by name."""
     leaves = {name: t.detach().requires_grad_() if is_real(t) else t for name, t in arguments.items()}
     out, final = function(**leaves, return_final_state=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, final)]
     pairs = [(t, dt) for t, dt, used in zip((out, final), cotangents, through, strict=True) if used]
     wanted = {n: t for n, t in leaves.items() if is_real(t)}
@@ -542,3 +543,12 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(shape):
 def test_what_does_not_fit_is_refused_by_name(name, value, words):
     with pytest.raises(ValueError, match=words):
         ssd(**{**problem(), name: value})
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 8])
+def test_running_sums_for_a_gpu_that_is_to_be_deterministic(size):
+    x = torch.randn(3, size, 2, dtype=torch.float64)
+    assert rms_error(_doubling(x, 1), x.cumsum(1)) < 1e-15
+    if size > 2:
+        x[0, 2] = torch.inf
+        assert torch.equal(_doubling(x, 1)[0, :2], x.cumsum(1)[0, :2])

@@ -12,7 +12,7 @@ from tests.helpers import assert_same_bits, rms_error
 from tests.kernels import test_trapezoidal_ssd as trapezoids
 from tests.kernels.test_ssd import OPTIONS, assert_close, in_op_order, is_real, problem, to, value_and_grads
 from tests.kernels.triton_support import (
-    DTYPES,
+    OF_TILES,
     check_autocast,
     check_compiles,
     check_peak_memory,
@@ -50,7 +50,7 @@ def check(arguments, **options):
         assert error <= tolerance(dtype, kind), f"{name} in {dtype}: {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OF_TILES, ids=str)
 def test_values_and_all_gradients_with_all_options(dtype):
     check(to(small(H=4 if dtype == torch.bfloat16 else 2), dtype))  # of two heads, rounding leaves sums to chance
 
@@ -116,7 +116,8 @@ def test_gradients_that_nobody_needs_are_left_out(names):
     truth = value_and_grads(ssd_reference, arguments, through=(True, False))
     leaves = {n: t.detach().requires_grad_(n in names) if is_real(t) else t for n, t in arguments.items()}
     out = ssd(**leaves)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.device))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(9)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
     for name, t in leaves.items():
         if is_real(t):
             assert (t.grad is not None) == (name in names)

@@ -16,7 +16,7 @@ ALONG_TIME = ("x", "dt", "A", "trap", "B", "C")
 
 def problem(batch=2, L=20, H=3, P=2, N=4, options=OPTIONS, seed=0, chunk_size=8):
     """Arguments in float64; `h`, `B_before` and `x_before` are the initial state."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -64,7 +64,7 @@ def value_and_grads(function, arguments, seed=9):
     """Outputs, and the gradient of every argument through all of them, by name."""
     leaves = {name: t.detach().requires_grad_() if is_real(t) else t for name, t in arguments.items()}
     results = call(function, leaves)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     # Numbers that every dtype holds, so that results of two dtypes compare.
     cotangents = [torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for t in results.values()]
     wanted = {n: t for n, t in leaves.items() if is_real(t)}

@@ -21,7 +21,7 @@ from archzoo.kernels.wavelet import (
     wavelet_reference,
 )
 from archzoo.kernels.wavelet_conv2d import wavelet_conv2d, wavelet_conv2d_op
-from tests.helpers import rms, rms_error, value_and_grads
+from tests.helpers import rms, rms_error, sampled, value_and_grads
 
 BOUNDS = {  # forward, gradient of x, gradients summed over a batch
     torch.float64: (1e-12, 1e-11, 1e-11),
@@ -308,7 +308,9 @@ def test_ops_pass_opcheck(wavelet, rows, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (0, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(5, torch.float32), pytest.param(0, torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_ops_of_a_convolution_pass_opcheck(rows, dtype):
     conv = randn(rows, 4, 4, 3, dtype=dtype), *(t.requires_grad_() for t in parameters(6, 2, 3, 2, dtype=torch.float32))
     geometry = [2, 1], [1, 1, 0, 1], [1, 1], 2, None
@@ -374,7 +376,7 @@ def size_of(tensors):
 
 @pytest.mark.plain_memory
 @every_wavelet
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", sampled([torch.float32, torch.float64], [torch.float32]), ids=str)
 def test_memory_of_forward_and_backward_is_bounded(wavelet, dtype):
     """At (1024, 256 -> 64) in float32 one tensor of all edges would take 64 MiB."""
     inputs, dy = problem((1024,), 256, 64, dtype)

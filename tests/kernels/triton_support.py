@@ -14,12 +14,14 @@ from torch import Tensor
 
 from archzoo.kernels import use_backend
 from archzoo.kernels._backend import HAS_TRITON
-from tests.helpers import rms_error, value_and_grads
+from tests.helpers import rms_error, sampled, value_and_grads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where kernels run: tests that take `backend` make their tensors there, by torch's default device."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OF_TILES = sampled(DTYPES, {torch.float64, torch.bfloat16})
+"""Dtypes for what does not depend on them: the one with the tightest bounds, and one that is widened and rounded."""
 
 # dtype: forward, gradients, gradients that are summed over a batch. The table of kernels.md.
 _TOLERANCES = {
