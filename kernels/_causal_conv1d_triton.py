@@ -215,7 +215,7 @@ def backward(
     if W > 4:  # all is unrolled: with twice the steps ptxas takes a minute, and all registers
         blocks = {**blocks, "STEPS": min(16, blocks["STEPS"])}
     if seq_idx is not None:  # takes registers for whose each step is
-        blocks = {**blocks, "STEPS": min(8 if x.dtype == torch.float64 else 16, blocks["STEPS"])}
+        blocks = {**blocks, "STEPS": min(4 if x.dtype == torch.float64 else 16, blocks["STEPS"])}
     p = _Problem(x, weight, bias, state, seq_idx, silu, blocks)
     dx = x.new_empty(x.shape) if needed[0] else None
     dstate = torch.empty(state.shape, dtype=state.dtype, device=x.device) if needed[3] and state is not None else None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from archzoo.kernels._conv import blocks as cut
 
-STEPS = 16  # of a block; the three buffers of the backward pass then fill 1.5 MiB of one core's L2 cache
+STEPS = 16  # of a block in float32; the three buffers of the backward pass then fill 1.5 MiB of one core's L2 cache
 STATES = 2**13  # of one step of a tile, a CPU thread: with fewer, calls take the time; more leave the cache
 GPU_STATES = 2**24  # launches take the time
 
@@ -20,6 +20,11 @@ GPU_STATES = 2**24  # launches take the time
 def state_dtype(u: Tensor) -> torch.dtype:
     """float64 where u is, else float32: that of the states and of all sums."""
     return torch.promote_types(u.dtype, torch.float32)
+
+
+def steps_of(dtype: torch.dtype) -> int:
+    """Of a block of states of that dtype: float64 fills a cache, or the registers of a GPU, with half as many."""
+    return STEPS // 2 if dtype == torch.float64 else STEPS
 
 
 def common_groups(B: Tensor, C: Tensor) -> int:
@@ -48,7 +53,7 @@ class Problem:
         self.delta_bias, self.initial_state, self.delta_softplus = delta_bias, initial_state, delta_softplus
         self.batch, self.length, self.d = u.shape
         self.states, self.dtype = A.shape[1], state_dtype(u)
-        self.groups = common_groups(B, C)
+        self.steps, self.groups = steps_of(self.dtype), common_groups(B, C)
         self.B, self.C = self._spread_groups(B), self._spread_groups(C)
         self.resets: Tensor | None = None
         if seq_idx is not None and self.length > 0:
@@ -64,7 +69,7 @@ class Problem:
 
     def blocks(self) -> list[slice]:
         """Slices of time."""
-        return [slice(t, min(t + STEPS, self.length)) for t in range(0, self.length, STEPS)]
+        return [slice(t, min(t + self.steps, self.length)) for t in range(0, self.length, self.steps)]
 
     def by_group(self, t: Tensor) -> Tensor:
         """(*, d) -> (*, groups, channels), a view."""
@@ -83,7 +88,7 @@ class Tile:
         self.A = self.matrix(problem.A).to(self.dtype).contiguous()
         self.B, self.C = self.weights(problem.B), self.weights(problem.C)
         self.resets = None if problem.resets is None else problem.resets[:, where[0]]
-        shape = (min(STEPS, problem.length), where[0].stop - where[0].start, *self.A.shape)
+        shape = (min(problem.steps, problem.length), where[0].stop - where[0].start, *self.A.shape)
         self.memory = [problem.u.new_empty(shape, dtype=self.dtype) for _ in range(buffers)]
         self.rows = [memory.unbind(0) for memory in self.memory]  # once for all blocks: a view costs as much as a step
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
-from archzoo.kernels._scan import STEPS
+from archzoo.kernels._scan import common_groups, state_dtype, steps_of
 from archzoo.kernels._selective_scan_triton import (
     LOG2E,
     SIZES,
@@ -32,6 +32,7 @@ from archzoo.kernels._selective_scan_triton import (
     total_of,
     weights,
     weights_start,
+    zero_of,
 )
 from archzoo.kernels._triton import cdiv, helper, launch, sigmoid
 
@@ -58,6 +59,19 @@ def _store_sums(ptr, x, PRECISION: tl.constexpr, STEPS: tl.constexpr, STATES: tl
         tl.store(ptr + at, sums, mask=(tl.arange(0, 8) == 0)[None, :])
 
 
+@helper
+def _adjoints(a, b, behind, rows, STEPS: tl.constexpr):
+    """G <- b + a G against time: G of each step, and a G of each."""
+    G, aG = b, b
+    for i in tl.static_range(STEPS):
+        now = rows == STEPS - 1 - i
+        g = row_of(b, now) + behind
+        behind = row_of(a, now) * g
+        G = tl.where(now, g[None], G)
+        aG = tl.where(now, behind[None], aG)
+    return G, aG
+
+
 @triton.jit
 def _backward_kernel(
     dout_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, seq_ptr, z_ptr, border_ptr,
@@ -81,55 +95,49 @@ def _backward_kernel(
     C_ptr = weights_start(C_ptr, b, group, c0, groups, per_C, channels, PADDED, LENGTH, C_CONSTANT)
     A_ptr += group * N * channels + c0
     c = tl.arange(0, CHANNELS)
-    in_c = c < channels - c0
+    in_c = c < tl.cast(channels - c0, tl.int32)
     c0 += group * channels
-    u_ptr += b * u_b + c0 * u_c
-    delta_ptr += b * delta_b + c0 * delta_c
-    if dout_ptr is not None:
-        dout_ptr += b * dout_b + c0 * dout_c
-    if z_ptr is not None:
-        z_ptr += b * z_b + c0 * z_c
-    if bias_ptr is not None:
-        bias_ptr += c0
     step = tl.arange(0, STEPS)
     rows = step[:, None, None]
     total = tl.full((CHANNELS,), 0.0, ACC)
-    channel = (part * batch + b) * d + c0
-    reset = tl.full((1, 1), 0, tl.int32)
+    reset = 0
     first = part * segment
     stop = tl.minimum(first + segment, count)
     for i in range(stop - first):
         k = stop - 1 - i
         t = tl.cast(k, tl.int64) * STEPS
         inside = (step < L - t)[:, None] & in_c[None, :]
-        delta, slope = step_sizes(
-            delta_ptr, bias_ptr, t, delta_t, delta_c, inside, in_c, SOFTPLUS, STEPS, CHANNELS, ACC
-        )
+        delta, _slope = step_sizes(
+            delta_ptr + b * delta_b + c0 * delta_c, bias_ptr, t, c0, delta_t, delta_c, inside, in_c,
+            SOFTPLUS, STEPS, CHANNELS, ACC,
+        )  # fmt: skip
         if dout_ptr is None:
             dy = tl.full((STEPS, CHANNELS), 0.0, ACC)
         else:
-            dy = load(dout_ptr, t, dout_t, dout_c, inside, STEPS, CHANNELS, ACC)
+            dy = load(dout_ptr + b * dout_b + c0 * dout_c, t, dout_t, dout_c, inside, STEPS, CHANNELS, ACC)
         if z_ptr is not None:
-            z = load(z_ptr, t, z_t, z_c, inside, STEPS, CHANNELS, ACC)
+            z = load(z_ptr + b * z_b + c0 * z_c, t, z_t, z_c, inside, STEPS, CHANNELS, ACC)
             dy *= z * sigmoid(z)
         if border_ptr is None:
             total += total_of(delta, 0)
         else:
-            x = delta * load(u_ptr, t, u_t, u_c, inside, STEPS, CHANNELS, ACC)
+            x = delta * load(u_ptr + b * u_b + c0 * u_c, t, u_t, u_c, inside, STEPS, CHANNELS, ACC)
             y = tl.full((STEPS, STATES, CHANNELS), 0.0, ACC)
             dx = tl.full((STEPS, STATES, CHANNELS), 0.0, ACC)
             dlog = tl.full((STEPS, STATES, CHANNELS), 0.0, ACC)
         if seq_ptr is not None:
             resets = resets_of(seq_ptr + b * L, t, L, STEPS)
-            reset += total_of(resets.to(tl.int32), 0)
+            reset |= resets
+        same = tl.cast(k, tl.int32)
         for start in range(0, N, STATES):
+            same = tl.maximum(same, -start)  # k still, but no compiler knows before the loop's end
             n = start + tl.arange(0, STATES)[:, None]
             mask = (n < N) & in_c[None, :]
             at = n * channels + c[None, :]
             A = tl.load(A_ptr + at, mask=mask, other=0.0)
             a = tl.exp2(delta[:, None, :] * (A * LOG2E)[None])
             if seq_ptr is not None:
-                a = tl.where(resets, 0.0, a)
+                a = tl.where((resets >> rows) & 1 != 0, 0.0, a)
             C = weights(C_ptr, start, t, LENGTH, channels, in_c, C_CONSTANT, STEPS, STATES, CHANNELS)
             if border_ptr is None:
                 behind = tl.load(carry_ptr + own + at, mask=mask & (i > 0), other=0.0)
@@ -137,7 +145,7 @@ def _backward_kernel(
                 at_sums = summed + (k * PADDED + start) * STEPS
                 B = weights(B_ptr, start, t, LENGTH, channels, in_c, B_CONSTANT, STEPS, STATES, CHANNELS)
                 before = tl.load(border_ptr + k * slab + states + at, mask=mask, other=0.0)
-                before, h = recur(a, x[:, None, :] * B, before, rows, STEPS, False)
+                before, h = recur(a, x[:, None, :] * B, before, rows, STEPS)
                 if dz_ptr is not None:
                     y += h * C
                 if dC_ptr is not None:
@@ -146,7 +154,7 @@ def _backward_kernel(
                     else:
                         _store_sums(dC_ptr + at_sums, h * dy[:, None, :], PRECISION, STEPS, STATES, CHANNELS)
                 behind = tl.load(carry_ptr + own + at, mask=mask, other=0.0)
-            later, aG = recur(a, a * (dy[:, None, :] * C), behind, rows, STEPS, True)  # a_{t+1} G_{t+1}, a_t G_t
+            G, aG = _adjoints(a, dy[:, None, :] * C, behind, rows, STEPS)
             tl.store(carry_ptr + own + at, row_of(aG, rows == 0), mask=mask)
             if border_ptr is not None:
                 before *= aG  # the gradient of log a
@@ -154,9 +162,7 @@ def _backward_kernel(
                 if dA_ptr is not None:
                     _add(dA_ptr + own + at, total_of(before * delta[:, None, :], 0), mask, i)
                 # Read again: there are no registers for both.
-                C = weights(C_ptr, start, t, LENGTH, channels, in_c, C_CONSTANT, STEPS, STATES, CHANNELS)
                 B = weights(B_ptr, start, t, LENGTH, channels, in_c, B_CONSTANT, STEPS, STATES, CHANNELS)
-                G = dy[:, None, :] * C + later
                 dx += G * B
                 if dB_ptr is not None:
                     if B_CONSTANT:
@@ -164,40 +170,47 @@ def _backward_kernel(
                     else:
                         _store_sums(dB_ptr + at_sums, G * x[:, None, :], PRECISION, STEPS, STATES, CHANNELS)
         if border_ptr is not None:
-            # Loaded again: above, all registers are in use. So that not even addresses are kept, 0 is added to t.
-            t += skipped
-            u = load(u_ptr, t, u_t, u_c, inside, STEPS, CHANNELS, ACC)
+            # Loaded again: above, all registers are in use. None is to hold addresses, so these are made of `same`.
+            t = tl.cast(same, tl.int64) * STEPS
+            zero = zero_of(t)
+            b += zero
+            c0 += zero
+            lane = c + zero
+            channel = (part * batch + b) * d + c0
+            inside = (step + zero < L - t)[:, None] & in_c[None, :]
+            u = load(u_ptr + b * u_b + c0 * u_c, t, u_t, u_c, inside, STEPS, CHANNELS, ACC)
             delta, slope = step_sizes(
-                delta_ptr, bias_ptr, t, delta_t, delta_c, inside, in_c, SOFTPLUS, STEPS, CHANNELS, ACC
-            )
+                delta_ptr + b * delta_b + c0 * delta_c, bias_ptr, t, c0, delta_t, delta_c, inside, in_c,
+                SOFTPLUS, STEPS, CHANNELS, ACC,
+            )  # fmt: skip
             du = total_of(dx, 1)
             ddelta = total_of(dlog, 1) + u * du
             if SOFTPLUS:
                 ddelta *= slope
             du *= delta
-            at = (b * L + t) * d + c0 + (step[:, None] * d + c[None, :])
+            at = (b * L + t) * d + c0 + ((step + zero)[:, None] * d + lane[None, :])
             if dout_ptr is not None:
-                dy = load(dout_ptr, t, dout_t, dout_c, inside, STEPS, CHANNELS, ACC)
+                dy = load(dout_ptr + b * dout_b + c0 * dout_c, t, dout_t, dout_c, inside, STEPS, CHANNELS, ACC)
                 if z_ptr is not None:
-                    z = load(z_ptr, t, z_t, z_c, inside, STEPS, CHANNELS, ACC)
+                    z = load(z_ptr + b * z_b + c0 * z_c, t, z_t, z_c, inside, STEPS, CHANNELS, ACC)
                     gate = sigmoid(z)
                     if dz_ptr is not None:
                         out = total_of(y, 1)
                         if D_ptr is not None:
-                            out += tl.load(D_ptr + c0 + c, mask=in_c, other=0.0).to(ACC)[None, :] * u
+                            out += tl.load(D_ptr + c0 + lane, mask=in_c, other=0.0).to(ACC)[None, :] * u
                         dz = dy * out * gate * (1.0 + z * (1.0 - gate))
                         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
                     dy *= z * gate
                 if D_ptr is not None:
-                    du += tl.load(D_ptr + c0 + c, mask=in_c, other=0.0).to(ACC)[None, :] * dy
+                    du += tl.load(D_ptr + c0 + lane, mask=in_c, other=0.0).to(ACC)[None, :] * dy
                 if dD_ptr is not None:
-                    _add(dD_ptr + channel + c, total_of(dy * u, 0), in_c, i)
+                    _add(dD_ptr + channel + lane, total_of(dy * u, 0), in_c, i)
             if du_ptr is not None:
                 tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=inside)
             if ddelta_ptr is not None:
                 tl.store(ddelta_ptr + at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=inside)
             if dbias_ptr is not None:
-                _add(dbias_ptr + channel + c, total_of(tl.where(inside, ddelta, 0.0), 0), in_c, i)
+                _add(dbias_ptr + channel + lane, total_of(tl.where(inside, ddelta, 0.0), 0), in_c, i)
         tl.debug_barrier()
     if border_ptr is None:
         store_decay(decay_ptr + own, A_ptr, total, reset, N, channels, in_c, STATES, CHANNELS)
@@ -222,6 +235,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of u to initial_state, sums over batch and time in the dtype of the states; None where not needed."""
     blocks = BACKWARD.of(u, u.shape[0] * u.shape[2], u.shape[1])
+    if blocks["STATES"] == 1 and u.dtype != torch.float64 and (seq_idx is not None or common_groups(B, C) > 1):
+        blocks = {**blocks, "STATES": 2, "num_warps": 2}  # one warp would spill
     p = Problem(u, A, B, C, D, delta_bias, seq_idx, softplus, blocks)
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     need = [t is not None and n for t, n in zip(given, needed, strict=True)]
@@ -246,7 +261,7 @@ def backward(
         if t.dim() == 2:
             return p.memory(p.segments) if wanted else None
         states = blocks["STATES"]
-        return sums(wanted, p.channel_blocks, p.batch, p.groups, p.count, p.padded // states, STEPS, states)
+        return sums(wanted, p.channel_blocks, p.batch, p.groups, p.count, p.padded // states, p.per_block, states)
 
     du, ddelta, dz = like(u, need[0]), like(delta, need[1]), like(z, need[6])
     dA = p.memory(p.segments) if need[2] else None
@@ -255,6 +270,8 @@ def backward(
     sequences, strides = p.sequences(dout, u, delta, None if dout is None else z)
     inputs = (*sequences[:3], p.A, p.B, p.C, *p.vectors, sequences[3])
     constants = {**p.constants, "PRECISION": _precision(p.dtype, B, C)}
+    if (u.dtype == torch.float64 and not need[6]) or not (need[3] or need[4]):
+        constants["maxnreg"] = 255  # ptxas may stop at 168 where it could have more, and spill
     if p.segments > 1:
         local, decay = p.memory(p.segments), p.memory(p.segments)
         launch(
@@ -298,9 +315,9 @@ def _precision(dtype: torch.dtype, *weights: Tensor) -> str:
 
 
 def _rule(dtype: torch.dtype, sequences: int, length: int) -> Blocks:
-    """One stage: registers are full, and loads ahead would spill."""
+    """One stage: registers are full, and loads ahead would spill; as two states would in float64."""
     narrow = dtype in (torch.float16, torch.bfloat16)
-    states = 4 if dtype == torch.float64 else 1 if narrow and sequences >= 2**15 else 2
+    states = 1 if dtype == torch.float64 or (narrow and sequences >= 2**15) else 2
     return {**block_sizes(states, sequences, length), "num_stages": 1}
 
 
@@ -311,7 +328,10 @@ def _candidates(dtype: torch.dtype, sequences: int, length: int) -> list[Blocks]
 def _problem(dtype: torch.dtype, device: Any, sequences: int, length: int) -> Any:
     inputs = example(dtype, device, sequences, length)
     u, A = inputs[0], inputs[2]
-    borders = torch.zeros(cdiv(length, STEPS), u.shape[0], 1, A.shape[1], u.shape[2], device=device)
+    wide = state_dtype(u)
+    borders = torch.zeros(
+        cdiv(length, steps_of(wide)), u.shape[0], 1, A.shape[1], u.shape[2], dtype=wide, device=device
+    )
     arguments: Any = (u, None, *inputs, borders, True, [True] * 9)
     return lambda: backward(*arguments)
 

@@ -11,7 +11,7 @@ Where batch and channels are too few to fill a GPU, time is cut into segments of
 without an output finds what each adds to a state of zeros, and by how much it decays one; `_carry_kernel` goes through
 the segments, of which the backward pass has the same in reverse.
 
-Bound by exp2: E N of them forward, and as many backward, where 14 products and sums a state weigh more.
+Bound by exp2: E N of them forward, and as many backward, where 12 products and sums a state weigh more.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from archzoo.kernels._block_sizes import Blocks, BlockSizes
-from archzoo.kernels._scan import STEPS, common_groups, state_dtype
+from archzoo.kernels._scan import STEPS, common_groups, state_dtype, steps_of
 from archzoo.kernels._triton import INTERPRETED, accumulator, cdiv, helper, launch, sigmoid, span
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,11 +52,11 @@ def row_of(x, now):
 
 
 @helper
-def recur(a, b, h, rows, STEPS: tl.constexpr, REVERSE: tl.constexpr):
+def recur(a, b, h, rows, STEPS: tl.constexpr):
     """h <- a h + b along the first axis: h before, and behind, each step."""
     before, behind = b, b
     for i in tl.static_range(STEPS):
-        now = rows == (STEPS - 1 - i if REVERSE else i)
+        now = rows == i
         before = tl.where(now, h[None], before)
         h = row_of(a, now) * h + row_of(b, now)
         behind = tl.where(now, h[None], behind)
@@ -102,21 +102,31 @@ def place(program, channel_blocks, groups, batch):
 
 
 @helper
+def zero_of(t):
+    """0, for t >= 0. No compiler knows; so none makes before a loop, and keeps in registers, what it is added to."""
+    zero = 0
+    if not INTERPRETED:
+        zero = tl.multiple_of(tl.minimum(t, 0).to(tl.int32), 16)
+    return zero
+
+
+@helper
 def load(ptr, t, stride_t, stride_c, inside, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr):
     """A tile (STEPS, CHANNELS) of a sequence, from step t on."""
-    at = tl.arange(0, STEPS)[:, None] * stride_t + tl.arange(0, CHANNELS)[None, :] * stride_c
+    step, c = tl.arange(0, STEPS) + zero_of(t), tl.arange(0, CHANNELS) + zero_of(t)
+    at = step[:, None] * stride_t + c[None, :] * stride_c
     return tl.load(ptr + t * stride_t + at, mask=inside, other=0.0).to(ACC)
 
 
 @helper
 def step_sizes(
-    ptr, bias_ptr, t, stride_t, stride_c, inside, in_c,
+    ptr, bias_ptr, t, c0, stride_t, stride_c, inside, in_c,
     SOFTPLUS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Delta, 0 behind the end, so that nothing happens there; and its slope by delta."""
     delta = load(ptr, t, stride_t, stride_c, inside, STEPS, CHANNELS, ACC)
     if bias_ptr is not None:
-        delta += tl.load(bias_ptr + tl.arange(0, CHANNELS), mask=in_c, other=0.0).to(ACC)[None, :]
+        delta += tl.load(bias_ptr + c0 + (tl.arange(0, CHANNELS) + zero_of(t)), mask=in_c, other=0.0).to(ACC)[None, :]
     slope = delta
     if SOFTPLUS:
         delta, slope = softplus_of(delta)
@@ -151,11 +161,12 @@ def weights(
 
 @helper
 def resets_of(ptr, t, L, STEPS: tl.constexpr):
-    """Whether a step from t on begins a sequence: (STEPS, 1, 1)."""
-    at = t + tl.arange(0, STEPS)
+    """Which steps from t on begin a sequence: a bit for each, as registers are few."""
+    step = tl.arange(0, STEPS)
+    at = t + step
     inside = (at > 0) & (at < L)
     now = tl.load(ptr + at, mask=inside, other=0)
-    return (now != tl.load(ptr + at - 1, mask=inside, other=0))[:, None, None]
+    return total_of((now != tl.load(ptr + at - 1, mask=inside, other=0)).to(tl.int32) << step, 0)
 
 
 @helper
@@ -168,7 +179,7 @@ def store_decay(
         n = (start + tl.arange(0, STATES))[:, None]
         mask = (n < N) & in_c[None, :]
         A = tl.load(A_ptr + n * channels + c, mask=mask, other=0.0)
-        decay = tl.where(reset > 0, 0.0, tl.exp2(total[None, :] * (A * LOG2E)))
+        decay = tl.where(reset != 0, 0.0, tl.exp2(total[None, :] * (A * LOG2E)))
         tl.store(ptr + n * channels + c, decay, mask=mask)
 
 
@@ -195,12 +206,10 @@ def _forward_kernel(
     c0 += group * channels
     u_ptr += b * u_b + c0 * u_c
     delta_ptr += b * delta_b + c0 * delta_c
-    if bias_ptr is not None:
-        bias_ptr += c0
     step = tl.arange(0, STEPS)
     rows = step[:, None, None]
     total = tl.full((CHANNELS,), 0.0, ACC)
-    reset = tl.full((1, 1), 0, tl.int32)
+    reset = 0
     first = part * segment
     stop = tl.minimum(first + segment, count)
     for k in range(first, stop):
@@ -208,7 +217,7 @@ def _forward_kernel(
         inside = (step < L - t)[:, None] & in_c[None, :]
         u = load(u_ptr, t, u_t, u_c, inside, STEPS, CHANNELS, ACC)
         delta, _slope = step_sizes(
-            delta_ptr, bias_ptr, t, delta_t, delta_c, inside, in_c, SOFTPLUS, STEPS, CHANNELS, ACC
+            delta_ptr, bias_ptr, t, c0, delta_t, delta_c, inside, in_c, SOFTPLUS, STEPS, CHANNELS, ACC
         )
         x = delta * u
         if out_ptr is None:
@@ -217,7 +226,7 @@ def _forward_kernel(
             y = tl.full((STEPS, STATES, CHANNELS), 0.0, ACC)
         if seq_ptr is not None:
             resets = resets_of(seq_ptr + b * L, t, L, STEPS)
-            reset += total_of(resets.to(tl.int32), 0)
+            reset |= resets
         for start in tl.range(0, N, STATES, num_stages=2):  # what is read is read a turn before
             n = start + tl.arange(0, STATES)[:, None]
             mask = (n < N) & in_c[None, :]
@@ -229,9 +238,9 @@ def _forward_kernel(
                 before = tl.load(border_ptr + k * slab + states + at, mask=mask, other=0.0)
             a = tl.exp2(delta[:, None, :] * A[None])
             if seq_ptr is not None:
-                a = tl.where(resets, 0.0, a)
+                a = tl.where((resets >> rows) & 1 != 0, 0.0, a)
             B = weights(B_ptr, start, t, LENGTH, channels, in_c, B_CONSTANT, STEPS, STATES, CHANNELS)
-            _before, h = recur(a, x[:, None, :] * B, before, rows, STEPS, False)
+            _before, h = recur(a, x[:, None, :] * B, before, rows, STEPS)
             last = row_of(h, rows == STEPS - 1)
             if out_ptr is None:
                 tl.store(local_ptr + part * slab + states + at, last, mask=mask)
@@ -291,17 +300,18 @@ class Problem:
         self.N, self.dtype, self.groups = A.shape[1], state_dtype(u), common_groups(B, C)
         self.channels = self.d // self.groups
         self.blocks = {name: size for name, size in blocks.items() if name != "SEGMENT"}
-        self.count = cdiv(self.length, STEPS)
+        self.per_block = steps_of(self.dtype)
+        self.count = cdiv(self.length, self.per_block)
         self.segment = max(1, min(self.count, blocks["SEGMENT"]))
         self.segments = cdiv(self.count, self.segment)
         self.channel_blocks = cdiv(self.channels, blocks["CHANNELS"])
-        self.padded, self.steps = cdiv(self.N, blocks["STATES"]) * blocks["STATES"], self.count * STEPS
+        self.padded, self.steps = cdiv(self.N, blocks["STATES"]) * blocks["STATES"], self.count * self.per_block
         self.A = A.to(self.dtype).unflatten(0, (self.groups, self.channels)).mT.contiguous()
         self.B, self.C = self._weights(B), self._weights(C)
         self.vectors = [None if t is None else t.contiguous() for t in (D, delta_bias, seq_idx)]
         self.constants = {
             "SOFTPLUS": softplus, "B_CONSTANT": B.dim() == 2, "C_CONSTANT": C.dim() == 2,
-            "STEPS": STEPS, "ACC": accumulator(self.dtype), **self.blocks,
+            "STEPS": self.per_block, "ACC": accumulator(self.dtype), **self.blocks,
         }  # fmt: skip
         self.slab = (self.batch, self.groups, self.N, self.channels)
 
@@ -318,10 +328,16 @@ class Problem:
         return memory
 
     def sequences(self, *given: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-        """u, delta, z or a gradient, and their strides; copied only if offsets in a tile would exceed int32."""
+        """u, delta, z or a gradient, and their strides; copied only if offsets in a tile would exceed int32.
+
+        Or in float64 if not channel-last, as there are no registers for a transposition then.
+        """
         found = list(given)
         for i, t in enumerate(given):
-            if t is not None and max(t.stride()[1] * STEPS, t.stride()[2] * self.blocks["CHANNELS"]) >= 2**31:
+            if t is None:
+                continue
+            farthest = max(t.stride()[1] * self.per_block, t.stride()[2] * self.blocks["CHANNELS"])
+            if farthest >= 2**31 or (self.dtype == torch.float64 and t.stride()[2] != 1):
                 found[i] = t.contiguous()
         return found, [stride for t in found for stride in ((0, 0, 0) if t is None else t.stride())]
 
@@ -390,7 +406,8 @@ def forward(
         local, decay = p.memory(p.segments - 1), p.memory(p.segments - 1)
         launch(_forward_kernel, p.grid(p.segments - 1), *inputs, None, None, None, local, decay, *sizes, **p.constants)
         p.carry(borders, local, decay, p.segment * local[0].numel(), False)
-    launch(_forward_kernel, p.grid(p.segments), *inputs, out, last, borders, None, None, *sizes, **p.constants)
+    constants = {**p.constants, "maxnreg": 255}  # ptxas may stop at 168 where it could have more, and spill
+    launch(_forward_kernel, p.grid(p.segments), *inputs, out, last, borders, None, None, *sizes, **constants)
     return out, last, borders
 
 
@@ -413,8 +430,7 @@ def block_size_candidates(sequences: int, length: int) -> list[Blocks]:
 
 
 def _rule(dtype: torch.dtype, sequences: int, length: int) -> Blocks:
-    states = 4 if dtype == torch.float64 else 2 if sequences < 2**15 else 1
-    return block_sizes(states, sequences, length)
+    return block_sizes(2 if sequences < 2**15 else 1, sequences, length)
 
 
 def _candidates(dtype: torch.dtype, sequences: int, length: int) -> list[Blocks]:

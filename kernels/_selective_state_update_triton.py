@@ -102,10 +102,10 @@ def update(
 
 
 def _rule(dtype: torch.dtype, channels: int, N: int) -> Blocks:
-    """512 states a program, a little more for each of its threads where there are many."""
-    states = min(N, 128)
-    elements = 512 if channels * N < 2**19 else 2048
-    return {"CHANNELS": min(channels, max(1, elements // states)), "STATES": states, "num_warps": elements // 512}
+    """512 states a warp, and 4 warps where there are many; in float64 half as many, for want of registers."""
+    states, warps = min(N, 128), 1 if channels * N < 2**19 else 4
+    elements = warps * (256 if dtype == torch.float64 else 512)
+    return {"CHANNELS": min(channels, max(1, elements // states)), "STATES": states, "num_warps": warps}
 
 
 def _candidates(dtype: torch.dtype, channels: int, N: int) -> list[Blocks]:

@@ -1,9 +1,9 @@
 r"""The selective scan of Mamba: $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t u_t$, $y_t = C_t h_t + D u_t$.
 
 Source: arXiv 2312.00752. E = batch d L inputs and N states a channel make E N states. Neither they nor the decays ever
-exist at once: tiles of batch and channels are walked one by one, and in a tile blocks of `STEPS` steps. In a block the
+exist at once: tiles of batch and channels are walked one by one, and in a tile blocks of 16 steps. In a block the
 decays are one product and one exp, the inputs one product, each step one `addcmul_`, and sums over states or channels
-`bmm` (`_scan.py`). Kept for the backward pass are the inputs and the state before each block, E N / `STEPS` numbers;
+`bmm` (`_scan.py`). Kept for the backward pass are the inputs and the state before each block, E N / 16 numbers;
 backward walks the blocks from the last to the first, makes a block's states again, and runs the adjoint recurrence
 G_t = C_t g_t + a_{t+1} G_{t+1}.
 
@@ -16,7 +16,7 @@ Time and memory beside others: `benchmarks/mamba_speed.py`.
 
 The Triton kernel walks time too, with the states of a block of channels in registers, and makes the states again from
 the same borders; where batch and channels are few it also cuts time into segments. It is bound by exp2: E N of them
-forward, at 16 a clock and multiprocessor, and by E N times 14 products and sums backward.
+forward, at 16 a clock and multiprocessor, and by E N times 12 products and sums backward.
 
 Under `torch.func` transforms, and for gradients of gradients, the definition takes the op's place; inside
 `use_backend("triton")` they raise.
@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from archzoo.kernels._backend import refuse_triton, takes_triton
 from archzoo.kernels._op import DifferentiableOp, empty_if, flop_formula, under_transform, without_autocast
 from archzoo.kernels._scan import (
-    STEPS,
     Block,
     Problem,
     Tile,
@@ -40,6 +39,7 @@ from archzoo.kernels._scan import (
     common_groups,
     spread,
     state_dtype,
+    steps_of,
     sum_over_channels,
     sum_over_states,
 )
@@ -149,7 +149,7 @@ def _outputs(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
     (batch, length, d), N = u.shape, A.shape[1]
     groups = common_groups(B, C)
     wide = state_dtype(u)
-    borders = u.new_empty(-(-length // STEPS), batch, groups, N, d // groups, dtype=wide)
+    borders = u.new_empty(-(-length // steps_of(wide)), batch, groups, N, d // groups, dtype=wide)
     return u.new_empty(batch, length, d), u.new_empty(batch, d, N, dtype=wide), borders
 
 
@@ -412,8 +412,8 @@ def selective_scan(
     tensors are taken as they come.
 
     Args:
-        u: (batch, d, L), real floating point, of any strides, as all that follows. Nothing is copied as a whole;
-            channel-last storage, a (batch, L, d) transposed, is the fastest.
+        u: (batch, d, L), real floating point, of any strides, as all that follows. Nothing is copied as a whole,
+            except by Triton in float64; channel-last storage, a (batch, L, d) transposed, is the fastest.
         delta: (batch, d, L), step sizes before bias and softplus.
         A: (d, N), real; negative, or states grow without bound.
         B: (d, N) for all steps, (batch, N, L), or (batch, G, N, L), where channel c has group c // (d / G).
@@ -442,6 +442,7 @@ def selective_scan(
         out, last = _plain(*arguments, delta_softplus)
     else:
         floating = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
-        triton = takes_triton("selective_scan", **floating, delta_bias=delta_bias, initial_state=initial_state)
+        floating |= {"delta_bias": delta_bias, "initial_state": initial_state}
+        triton = takes_triton("selective_scan", u.numel() * A.shape[1], **floating)
         out, last = selective_scan_op(*arguments, delta_softplus, triton)
     return (out.mT, last) if return_last_state else out.mT

@@ -3,9 +3,9 @@
     python -m tests.kernels.compile_kernels [OP ...]
 
 Every `BlockSizes` of every op does its problems on the `meta` device, at its own sizes and at those of the committed
-table; instead of being started, kernels are noted, with the types and divisibilities of their arguments, and compiled
-by Triton and its ptxas. Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s of CPU a kernel, on all cores; nothing where
-Triton's cache has it.
+table, and those of `compile_variants.py`; instead of being started, kernels are noted, with the types and
+divisibilities of their arguments, and compiled by Triton and its ptxas. Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s
+of CPU a kernel, on all cores; nothing where Triton's cache has it.
 """
 
 import json
@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from archzoo.kernels import _block_sizes, _triton
 from tests.kernels import helpers_kernel
+from tests.kernels.compile_variants import VARIANTS
 
 CAPABILITIES = (80, 90, 100)
 TYPES = {
@@ -62,16 +63,18 @@ def described(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> 
     signature, constexprs, divisible = {}, {}, []
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        known = parameter.is_constexpr or value is None
+        if known or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             signature[name], constexprs[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = TYPES[value.dtype]
-            divisible.append(index)
+            if not parameter.do_not_specialize_on_alignment:
+                divisible.append(index)
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i1" if isinstance(value, bool) else "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(index)
     return signature, constexprs, divisible, options
 
@@ -96,6 +99,9 @@ def jobs(ops: list[str]) -> list[Job]:
             for dtype, sizes in sizes_of(known[op], capability):
                 where = f"{op} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
                 known[op].problem(dtype, torch.device("meta"), *sizes)()
+            for where, run in VARIANTS.get(op, tuple)():
+                where = f"{op} {where}"
+                run()
         where = "the helpers of kernels/_triton.py"
         for dtype in () if ops else (torch.float32, torch.bfloat16):
             helpers_kernel.run(torch.empty(32, 32, dtype=dtype, device="meta"), approximate=dtype == torch.float32)
@@ -116,7 +122,8 @@ def compiled(job: Job) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler raises goes into this kernel's report; the others go on
         return {**report, "error": f"{type(error).__name__}: {error}"}
     wgmma = "wgmma" in result.asm["ptx"] or "tcgen05.mma" in result.asm["ptx"]
-    return {**report, "shared": result.metadata.shared, "tensor_cores": wgmma, **usage}
+    memory = {"shared": result.metadata.shared, "tensor_memory": result.metadata.tmem_size or 0}
+    return {**report, **memory, "tensor_cores": wgmma, **usage}
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -11,7 +11,7 @@ def problem(
     batch=2, d=6, N=3, L=20, options=OPTIONS, B="varying", C="varying", seed=0, channel_last=True, decay=(-4.0, -0.1)
 ):
     """Arguments in float64. With `delta_softplus` or without, step sizes are positive: from 0.2 to 1.8."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -62,7 +62,7 @@ def value_and_grads(function, arguments, seed=9, through=(True, True)):
         for name, t in arguments.items()
     }
     out, last = function(**leaves, return_last_state=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, last)]
     pairs = [(t, dt) for t, dt, used in zip((out, last), cotangents, through, strict=True) if used]
     wanted = {n: t for n, t in leaves.items() if isinstance(t, torch.Tensor) and t.requires_grad}

@@ -6,7 +6,6 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from archzoo.kernels import _scan, use_backend
-from archzoo.kernels import selective_scan as module
 from archzoo.kernels.selective_scan import selective_scan, selective_scan_op, selective_scan_reference
 from tests.helpers import assert_same_bits, rms_error
 from tests.kernels.scan_support import OPTIONS, assert_close, in_op_layout, problem, to, value_and_grads
@@ -34,12 +33,12 @@ def triton():
 
 @pytest.fixture
 def blocks(triton, monkeypatch):
-    """Several programs, segments of one block of 4 steps, and states and channels that do not fill a block."""
+    """Several programs, segments of one block of 4 steps (8 in float32), and states and channels that fill no block."""
     from archzoo.kernels import _selective_scan_backward_triton as backward
     from archzoo.kernels import _selective_scan_triton as forward
 
-    for file in (_scan, module, forward, backward):
-        monkeypatch.setattr(file, "STEPS", 4)
+    for file in (_scan, forward):
+        monkeypatch.setattr(file, "STEPS", 8)
     sizes = {"STATES": 2, "CHANNELS": 4, "SEGMENT": 1}
     with forward.FORWARD.forced(**sizes), backward.BACKWARD.forced(**sizes):
         yield
@@ -149,7 +148,8 @@ def test_gradients_through_one_output_alone_and_of_one_input_alone():
         truth = value_and_grads(selective_scan_reference, arguments, through=through)
         assert_close(value_and_grads(selective_scan, arguments, through=through), truth, 1e-12)
     truth = value_and_grads(selective_scan, arguments, through=(True, False))
-    dout = torch.randn(truth["out"].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(9)
+    dout = torch.randn(truth["out"].shape, generator=generator, dtype=torch.float64)
     for name in TENSORS:
         alone = {**arguments, name: arguments[name].clone().requires_grad_()}
         selective_scan(**alone).backward(dout)
