@@ -1,11 +1,12 @@
 """Compiles what the Triton kernels would launch, for GPUs that are not here: one JSON line a kernel and GPU.
 
-    python -m tests.kernels.compile_kernels [OP ...]
+    python -m tests.kernels.compile_kernels [--all] [OP ...]
 
 Every `BlockSizes` of every op does its problems on the `meta` device, at its own sizes and at those of the committed
-table, and those of `compile_variants.py`; instead of being started, kernels are noted, with the types and
-divisibilities of their arguments, and compiled by Triton and its ptxas. Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s
-of CPU a kernel, on all cores; nothing where Triton's cache has it.
+table, and those of `compile_variants.py`, each of these for one of the GPUs, or with `--all` for all of them. Instead of
+being started, kernels are noted, with the types and divisibilities of their arguments, and compiled by Triton and its
+ptxas. Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s of CPU a kernel, on all cores; nothing where Triton's cache has
+it.
 """
 
 import json
@@ -79,8 +80,8 @@ def described(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> 
     return signature, constexprs, divisible, options
 
 
-def jobs(ops: list[str]) -> list[Job]:
-    """What the ops would launch, each once."""
+def jobs(ops: list[str], every_variant: bool) -> list[Job]:
+    """What the ops would launch, each once; by default the GPUs have the variants by turns."""
     found: dict[str, Job] = {}
     where = ""
     capability = 0
@@ -99,9 +100,10 @@ def jobs(ops: list[str]) -> list[Job]:
             for dtype, sizes in sizes_of(known[op], capability):
                 where = f"{op} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
                 known[op].problem(dtype, torch.device("meta"), *sizes)()
-            for where, run in VARIANTS.get(op, tuple)():
-                where = f"{op} {where}"
-                run()
+            for number, (where, run) in enumerate(VARIANTS.get(op, tuple)()):
+                if every_variant or number % len(CAPABILITIES) == CAPABILITIES.index(capability):
+                    where = f"{op} {where}"
+                    run()
         where = "the helpers of kernels/_triton.py"
         for dtype in () if ops else (torch.float32, torch.bfloat16):
             helpers_kernel.run(torch.empty(32, 32, dtype=dtype, device="meta"), approximate=dtype == torch.float32)
@@ -141,7 +143,7 @@ def main() -> None:
     """Compiles, and prints."""
     if _triton.INTERPRET:
         raise SystemExit("compile_kernels: kernels are not compiled with TRITON_INTERPRET=1; unset it")
-    todo = jobs(sys.argv[1:])
+    todo = jobs([word for word in sys.argv[1:] if word != "--all"], "--all" in sys.argv)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
         for report in pool.map(compiled, todo):
             print(json.dumps(report), flush=True)

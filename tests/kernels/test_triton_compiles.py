@@ -20,9 +20,10 @@ TENSOR_MEMORY = 512
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers():
+@pytest.mark.parametrize("variants", [(), pytest.param(("--all",), marks=pytest.mark.large)], ids=["by turns", "all"])
+def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers(variants):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_kernels"],
+        [sys.executable, "-m", "tests.kernels.compile_kernels", *variants],
         cwd=REPOSITORY,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
