@@ -3,10 +3,9 @@
     python -m tests.kernels.compile_kernels [--all] [OP ...]
 
 Every `BlockSizes` of every op does its problems on the `meta` device, at its own sizes and at those of the committed
-table, and those of `compile_variants.py`, each of these for one of the GPUs, or with `--all` for all of them. Instead of
-being started, kernels are noted, with the types and divisibilities of their arguments, and compiled by Triton and its
-ptxas. Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s of CPU a kernel, on all cores; nothing where Triton's cache has
-it.
+table, and those of `compile_variants.py`, each of these for one of the GPUs, or with `--all` for all. Instead of being
+started, kernels are noted, with the types and divisibilities of their arguments, and compiled by Triton and its ptxas.
+Never with TRITON_INTERPRET=1. Takes 0.5 to 3 s of CPU a kernel, on all cores; nothing where Triton's cache has it.
 """
 
 import json
