@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from archzoo.kernels._backend import refuse_triton
+from archzoo.kernels._tracing import has_autocast, is_exporting
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,12 +31,15 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's type of device."""
+    device = x.device.type
+    return has_autocast(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives an input of a GEMM-like op: float64 is left alone, as `nn.Linear` leaves it."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 and under_autocast(x) else x.dtype
 
 
 def without_autocast(implementation: Function) -> Function:
@@ -43,9 +47,9 @@ def without_autocast(implementation: Function) -> Function:
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
-        device = next(t for t in args if isinstance(t, Tensor)).device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        x = next(t for t in args if isinstance(t, Tensor))
+        if under_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
 
@@ -86,7 +90,7 @@ def compiled_for_cpu(x: Tensor) -> bool:
 
     Not in an export, whose graph is to hold the op.
     """
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu"
+    return torch.compiler.is_compiling() and not is_exporting() and x.device.type == "cpu"
 
 
 def running_sum(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

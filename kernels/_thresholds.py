@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels._block_sizes import _capability
+from archzoo.kernels._tracing import constant, is_exporting
 
 TABLE = Path(__file__).with_name("thresholds.json")
 LEAST, MOST = 12, 24
@@ -67,15 +68,12 @@ def is_below(op: str, numbers: int | None, x: Tensor) -> bool:
         return numbers < threshold
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
-    return (statically_known_true if torch.compiler.is_exporting() else guard_or_false)(numbers < threshold)
+    return (statically_known_true if is_exporting() else guard_or_false)(numbers < threshold)
 
 
+@constant
 def _threshold(op: str, device: torch.device) -> int:
     return _table[op].get(capability_key(device), 0)
-
-
-# As torch.compiler.assume_constant_result does, but without importing dynamo, which takes a second.
-_threshold._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def _forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    triton: bool = False,
+    triton: bool,  # no default, as in basis_linear.py
 ) -> Tensor:
     """x (N, C, H, W), one weight (O, C/groups, K, kh, kw) a term -> (N, O, H', W') in the weights' dtype."""
     bases, product = parse(terms), product_dtype(weights[0])
@@ -148,7 +148,7 @@ def _gradients(
     dilation: list[int],
     groups: int,
     needs: list[bool],
-    triton: bool = False,
+    triton: bool,
 ) -> list[Tensor]:
     """Gradients by x, each weight and each tensor, in this order; only those that `needs` asks for."""
     bases, product = parse(terms), product_dtype(weights[0])
@@ -209,7 +209,7 @@ def _(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    triton: bool = False,
+    triton: bool,
 ) -> Tensor:
     out = out_shape(x, weights[0], stride, padding, dilation)
     return x.new_empty(x.shape[0], weights[0].shape[0], *out, dtype=weights[0].dtype)
@@ -227,7 +227,7 @@ def _(
     dilation: list[int],
     groups: int,
     needs: list[bool],
-    triton: bool = False,
+    triton: bool,
 ) -> list[Tensor]:
     inputs = zip([x, *weights, *tensors], needs, strict=True)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in inputs if need]

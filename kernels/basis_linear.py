@@ -174,7 +174,7 @@ def _forward(
     bias: Tensor | None,
     tensors: list[Tensor],
     terms: str,
-    triton: bool = False,
+    triton: bool,  # no default: with lists of tensors, torch 2.11 miscounts the gradients of what a graph leaves out
 ) -> Tensor:
     """x (N, I), one weight (O, I, K) a term -> (N, O) in the weights' dtype. `terms` is a JSON list of bases."""
     bases, product = parse(terms), product_dtype(weights[0])
@@ -208,7 +208,7 @@ def _gradients(
     tensors: list[Tensor],
     terms: str,
     needs: list[bool],
-    triton: bool = False,
+    triton: bool,
 ) -> list[Tensor]:
     """Gradients by x, each weight and each tensor, in this order; only those that `needs` asks for."""
     bases, product = parse(terms), product_dtype(weights[0])
@@ -262,7 +262,7 @@ def _(
     bias: Tensor | None,
     tensors: list[Tensor],
     terms: str,
-    triton: bool = False,
+    triton: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weights[0].shape[0], dtype=weights[0].dtype)
 
@@ -275,7 +275,7 @@ def _(
     tensors: list[Tensor],
     terms: str,
     needs: list[bool],
-    triton: bool = False,
+    triton: bool,
 ) -> list[Tensor]:
     inputs = [x, *weights, *tensors]
     return [

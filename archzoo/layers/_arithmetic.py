@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.kernels._op import under_autocast
+
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -19,14 +21,9 @@ def _check_number(name: str, value: Any, positive: bool = False) -> None:
         raise ValueError(f"{name}={value!r}: must be a finite number, {'above 0' if positive else '0 or more'}")
 
 
-def _under_autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _as_linear_gives(y: Tensor, x: Tensor) -> Tensor:
     """y in the dtype that `nn.Linear` would give for x."""
-    if _under_autocast(x) and x.dtype != torch.float64:
+    if under_autocast(x) and x.dtype != torch.float64:
         return y.to(torch.get_autocast_dtype(x.device.type))
     return y.to(x.dtype)
 
@@ -46,7 +43,7 @@ def _clamp(w: Tensor, low: float, high: float) -> Tensor:
 def _exact_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for exponents and phases, in the dtype of x also under autocast: exp turns an error into a factor."""
     weight = weight.to(x.dtype)
-    if _under_autocast(x):
+    if under_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight)
     return F.linear(x, weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from archzoo.arguments import Rules, described, fits
 from archzoo.kernels._conv import check_input
+from archzoo.kernels._op import under_autocast
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -138,11 +139,10 @@ def check_dtype(x: Tensor, weight: Tensor) -> None:
         raise TypeError(f"input of type {type(x).__name__}: must be a tensor")
     if x.device != weight.device:  # on `meta`, an op may go on without the numbers, and nobody would notice
         raise ValueError(f"input on {x.device}: must be on {weight.device}, as the layer's parameters are")
-    if x.dtype != weight.dtype:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not (autocast and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)):
-            raise ValueError(f"input of {x.dtype}: must be {weight.dtype}, as the layer's parameters are")
+    if x.dtype != weight.dtype and not (
+        under_autocast(x) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    ):
+        raise ValueError(f"input of {x.dtype}: must be {weight.dtype}, as the layer's parameters are")
 
 
 def check_features(x: Tensor, in_features: int, weight: Tensor) -> None:

@@ -27,7 +27,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from archzoo.kernels._op import compute_dtype
+from archzoo.kernels._op import compute_dtype, under_autocast
+from archzoo.kernels._tracing import has_autocast
 from archzoo.layers._check import check_positive, check_whole, typed
 
 __all__ = [
@@ -376,11 +377,9 @@ def check_axis(x: Tensor, channels: int, channel_dim: int) -> None:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A region without autocast: rounded to bfloat16, an inverse is good to 1e-2 only."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def widened(x: Tensor) -> Tensor:
     """x, in float32 where autocast may have made it a half."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.float() if autocast and x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if under_autocast(x) and x.dtype in (torch.bfloat16, torch.float16) else x

@@ -311,11 +311,11 @@ def test_operators_keep_torchs_contract(case, geometry):
     for leaf in (x, *weights, bias, *tensors[: case.learned]):
         leaf.requires_grad_()
     names = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(module.basis_conv2d_op, (x, weights, bias, tensors, *rest), test_utils=names)
+    torch.library.opcheck(module.basis_conv2d_op, (x, weights, bias, tensors, *rest, False), test_utils=names)
     needs = [True] * (1 + len(weights)) + [i < case.learned for i in range(len(tensors))]
     with torch.no_grad():
-        grad = torch.randn_like(module.basis_conv2d_op(x, weights, bias, tensors, *rest))
-        plain = (grad, x.detach(), [w.detach() for w in weights], [t.detach() for t in tensors], *rest, needs)
+        grad = torch.randn_like(module.basis_conv2d_op(x, weights, bias, tensors, *rest, False))
+        plain = (grad, x.detach(), [w.detach() for w in weights], [t.detach() for t in tensors], *rest, needs, False)
     torch.library.opcheck(module.basis_conv2d_backward_op, plain, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -324,7 +324,7 @@ def test_gradients_are_contiguous_whatever_the_weights_strides():
     x, _, _, _, _, *layout = operator_arguments(CASES["chebyshev"], Geometry(), 2, 4, 5, 6)
     kernel = torch.randn(3, 4, 3, 3, dtype=torch.float64).to(memory_format=torch.channels_last).unsqueeze(2)
     grad, terms = torch.randn(2, 3, 3, 4, dtype=torch.float64), "[" + Activation("silu").spec + "]"
-    arguments = (grad, x, [kernel], [], terms, *layout, [True, True])
+    arguments = (grad, x, [kernel], [], terms, *layout, [True, True], False)
     torch.library.opcheck(module.basis_conv2d_backward_op, arguments, test_utils=("test_faketensor",))
 
 

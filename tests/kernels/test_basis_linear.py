@@ -172,10 +172,10 @@ def test_operators_keep_torchs_contract(case, dynamic):
     terms = "[" + ", ".join(b.spec for b in case.bases) + "]"
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     tests = tests if dynamic else tests[:3]
-    torch.library.opcheck(module.basis_linear_op, (x, weights, bias, tensors, terms), test_utils=tests)
+    torch.library.opcheck(module.basis_linear_op, (x, weights, bias, tensors, terms, False), test_utils=tests)
     needs = [True] * len(weights) + [False, *(bool(case.learned) for _ in tensors)]
     plain = [[t.detach() for t in ts] for ts in ([torch.randn(6, 7, dtype=torch.float64), x], weights, tensors)]
-    backward = (*plain[0], plain[1], plain[2], terms, needs)
+    backward = (*plain[0], plain[1], plain[2], terms, needs, False)
     torch.library.opcheck(module.basis_linear_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
 
