@@ -42,9 +42,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, m
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _features_last(q: Tensor) -> Tensor:
-    """q with the features of a position side by side: the kernel lays y out as q, but writes it as if they were."""
-    return q if q.stride(-1) == 1 else q.contiguous()
+def _features_last(*tensors: Tensor) -> list[Tensor]:
+    """With the features of a position side by side: the kernel lays y out as q, but writes it as if they were.
+
+    That of torch 2.11 reads all others as if they were, too.
+    """
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 @without_autocast
@@ -53,7 +56,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None 
     if q.numel() == 0 or k.numel() == 0:  # which the kernel does not take; a sum over no keys is 0
         B, H, L, _ = q.shape
         return torch.zeros_like(q), q.new_zeros(B, L, H, dtype=compute_dtype(q)).transpose(1, 2)
-    q = _features_last(q)
+    q, k, v = _features_last(q, k, v)
     y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
     if math.isnan(sums.div(sums).sum()):  # one of them is 0, infinite or NaN
         # By 0 the kernel marks rows whose weights it left at 0, and by infinity, in half precision, those with an
@@ -73,6 +76,7 @@ def _backward(
     """dq, dk, dv, laid out as the kernel leaves them."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dy, q, k, v = _features_last(dy, q, k, v)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask
     )
@@ -85,7 +89,7 @@ attention_backward_op = torch.library.custom_op("archzoo::attention_backward", _
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    q = _features_last(q)
+    q, k, v = _features_last(q, k, v)
     y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
     return y, sums
 
@@ -94,6 +98,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None)
 def _(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dy, q, k, v = _features_last(dy, q, k, v)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dy, q, k, v, y, sums, 0.0, causal, attn_mask=mask
     )
