@@ -284,7 +284,7 @@ CONV = Op(
             where=("gpu",),
         ),
     ),
-    loses="inputs stored with time contiguous, which it copies",
+    loses="inputs stored with time contiguous, which it copies; more than 8 taps, which plain torch takes",
 )
 
 

@@ -233,7 +233,7 @@ class Placed:
         with self._autocast():
             loss = self.task.training_loss(self.model, self.inputs, targets)
         for module in self.regularized:
-            loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]
+            loss = loss + self.regularization_factor * module.regularization_loss()  # type: ignore[operator]  # found by it
         return loss
 
     def _autocast(self) -> Any:
@@ -251,4 +251,4 @@ class Placed:
     def _constrain(self) -> None:
         with spreading.whole_parameters(self.constrained):
             for module in self.constrained:
-                module.constrain_()  # type: ignore[operator]
+                module.constrain_()  # type: ignore[operator]  # found by it

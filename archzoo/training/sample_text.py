@@ -89,9 +89,9 @@ class SampleText(Callback):
     def sample(self, trainer: "Trainer", model: nn.Module) -> str:
         """The prompt, and what the model puts behind it."""
         device = next(model.parameters()).device
-        prompt = trainer.task.encode(self.prompt).to(device)  # type: ignore[attr-defined]
+        prompt = trainer.task.encode(self.prompt).to(device)  # type: ignore[attr-defined]  # checked before
         used = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(used):  # generate() has a generator of its own, and a model might draw besides
-            new = list(model.generate(prompt[None], self.length, **self.options))  # type: ignore[operator]
+            new = list(model.generate(prompt[None], self.length, **self.options))  # type: ignore[operator]  # likewise
         ids = torch.cat([prompt, *new]).cpu()
-        return trainer.task.decode(ids)  # type: ignore[attr-defined]
+        return trainer.task.decode(ids)  # type: ignore[attr-defined]  # likewise

@@ -256,7 +256,7 @@ def test_compiled_for_a_cpu_the_definition_takes_the_place_of_the_op_at_all_batc
     for rows in (3, 4, 70):
         some = inputs[0][:rows], inputs[1][:rows], inputs[2]
         got, want = (value_and_grads(f, some, dy[:rows]) for f in (compiled, normalized_residual))
-        assert_close(got, want, (1e-13,) * 4)  # the definition against the op, no longer op against op
+        assert_close(got, want, (1e-13,) * 4)  # compiled is the definition, eager the op
     torch._dynamo.reset()
     assert len(graphs) == 1
     assert own_ops(graphs[0]) == []

@@ -133,7 +133,7 @@ def test_copies_are_equal_and_independent_before_and_after_use(case):
     torch.save(layer, stream)
     stream.seek(0)
     copies = {"deepcopy before": before, "deepcopy after": after, "pickle": pickle.loads(pickle.dumps(layer))}
-    copies["torch.save"] = torch.load(stream, weights_only=False)
+    copies["torch.save"] = torch.load(stream, weights_only=False)  # whole modules, our own
     truth = layer_value_and_grads(layer, x, dy)
     for what, twin in copies.items():
         assert_same_bits(layer_value_and_grads(twin, x, dy), truth, what)
